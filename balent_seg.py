@@ -385,7 +385,7 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> lis
             fits = len(row) == 4 and row[1].isdigit() and row[2].isdigit()
             if not fits or row[0] not in number or row[3] not in meaning:
                 raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label, an "
-                                 f"image of this dataset, a label of {', '.join(meaning)}")  # fmt: skip
+                                 f"image of this dataset, one of {', '.join(meaning)}")  # fmt: skip
             points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[row[3]]))
     return [torch.tensor(p, dtype=torch.long).reshape(-1, 3) for p in points]
 
@@ -859,49 +859,45 @@ class Experiment:
                       "small --size 120 160 --rounds 5 --epochs 30", file=sys.stderr)  # fmt: skip
 
     def build(self) -> MCDropoutFCN:
-        """The untrained network, the same in every round and for every acquisition function."""
+        """The untrained network: CHOICE 8, the same in every round, whatever the acquisition."""
         config = self.config
         torch.manual_seed(config.seed)
         model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
         model.mixed = config.amp and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return model.to(self.device, memory_format=torch.channels_last)
 
-    def restore(self, r: int) -> dict | None:
-        """What `fit` returned for round r, from model.pt; None if that holds another round."""
-        path = self.folder / "model.pt"
-        state = torch.load(path, self.device, weights_only=True) if path.exists() else {}
-        if state.get("round") != r:
-            return None
+    def fit(self, points: list[Tensor] | None, r: int) -> tuple[MCDropoutFCN, float, float]:
+        """Round r from model.pt, else trained from the initial weights: model, loss, seconds."""
+        config, path, clock = self.config, self.folder / "model.pt", time.time()
         model = self.build()
-        model.load_state_dict(state["weights"])
-        return state | {"model": model}
-
-    def fit(self, points: list[Tensor] | None, r: int) -> dict:
-        """Train round r from the initial weights (CHOICE 8) and keep the result as model.pt."""
-        config, clock, model = self.config, time.time(), self.build()
+        state = torch.load(path, self.device, weights_only=True) if path.exists() else {}
+        if state.get("round") == r:
+            model.load_state_dict(state["weights"])
+            return model, state["loss"], state["seconds"]
+        per_epoch = math.ceil(len(self.train) / config.batch_size)
+        steps = per_epoch * config.epochs
         orders, views = stream(config.seed, r), stream(config.seed, r, RANK)
         torch.manual_seed(views.initial_seed())  # for dropout
-        steps, pretrained = math.ceil(len(self.train) / config.batch_size), config.weights != "none"
 
         def training_batches() -> Iterator[tuple[Tensor, Tensor]]:
             for _ in range(config.epochs):
                 # The last batch is filled up from the first: BatchNorm never sees a lone image.
                 order = torch.randperm(len(self.train), generator=orders).repeat(config.batch_size)
-                order = order[: steps * config.batch_size].view(steps, -1)[:, RANK::WORLD]
-                order = order.flatten(), order.shape[1], config.workers
-                for index_B, image_B3HW, label_BHW in batches(self.train, *order):
+                order = order[: per_epoch * config.batch_size].view(per_epoch, -1)[:, RANK::WORLD]
+                share = order.flatten(), order.shape[1], config.workers
+                for index_B, image_B3HW, label_BHW in batches(self.train, *share):
                     given = [points[i] for i in index_B] if points else map(all_points, label_BHW)
                     points_BN3 = nn.utils.rnn.pad_sequence([*given], True, IGNORE)
                     yield image_B3HW.to(self.device), points_BN3.to(self.device)
 
-        count, optimizer = steps * config.epochs, make_optimizer(model, config.lr, pretrained)
-        shown = progress(training_batches(), count, f"round {r}: train")
-        loss = train(distributed(model), shown, count, optimizer, views, total)
+        shown = progress(training_batches(), steps, f"round {r}: train")
+        optimizer = make_optimizer(model, config.lr, config.weights != "none")
+        loss = train(distributed(model), shown, steps, optimizer, views, total)
         state = {"round": r, "loss": loss, "seconds": time.time() - clock}
         if RANK == 0:
-            with replacing(self.folder / "model.pt") as temporary:
+            with replacing(path) as temporary:
                 torch.save(state | {"weights": model.state_dict()}, temporary)
-        return state | {"model": model}
+        return model, loss, state["seconds"]
 
     def share(self, frames: Frames, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This process's share of the frames, one by one, on the device; no frame goes twice."""
@@ -935,7 +931,7 @@ class Experiment:
             if points is not None:
                 if not (here / "labels.csv").exists():
                     if r and model is None:
-                        model = (self.restore(r - 1) or self.fit(points, r - 1))["model"]
+                        model, *_ = self.fit(points, r - 1)
                     self.choose(model, points, r)
                 fresh = read_labels(here / "labels.csv", self.train.names, self.classes)
                 points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
@@ -946,12 +942,12 @@ class Experiment:
                 model = None
                 continue
             seconds = {"acquire": time.time() - clock}
-            state = self.restore(r) or self.fit(points, r)
-            model, seconds["train"], clock = state["model"], state["seconds"], time.time()
+            model, loss, seconds["train"] = self.fit(points, r)
+            clock = time.time()
             confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
             confusion_CC = total(confusion_CC.to(self.device)).cpu()
             seconds["evaluate"] = time.time() - clock
-            history.append(self.record(r, points, state["loss"], confusion_CC, seconds))
+            history.append(self.record(r, points, loss, confusion_CC, seconds))
             if RANK == 0:
                 here.mkdir(exist_ok=True)
                 self.draw_panel(model, fresh, r)
@@ -1121,14 +1117,14 @@ def progress(items: Iterable, count: int, what: str) -> Iterator:
             bar.update(1)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}; see --help")
+def fail(message: str) -> None:
+    raise InputError(message)
 
 
 def parse(argv: Sequence[str] | None) -> list[Config]:
     """A Config for each acquisition function that the command line asks for."""
-    parser = Parser("balent_seg.py", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser("balent_seg.py", description=__doc__.split("\n\n")[1])
+    parser.error = fail  # one line, not the usage
     for f in fields(Config):
         how = {k: v for k, v in f.metadata.items() if k not in ("ok", "needs")}
         how |= {"action": "store_true"} if f.default is False else {}
