@@ -13,7 +13,7 @@ Read sections 1 (the score), 3 (the network and its moments), 7 (picking) and `r
 Section 1 needs only `math` and `torch` and can be copied alone.
 
 Dimensions   B image in a batch   C class       D feature channel   T draw of the weights
-             H W pixel            h w feature   N point             2, 3 axes: x y; y x class; RGB
+             H W pixel            h w feature   N point   R row     2, 3 axes: x y; y x class; RGB
 
 Symbol        meaning                                        name in the code
 P_i           probability of class i under one draw          prob
@@ -35,7 +35,7 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds wh
  5  A draw is one mask over the feature channels, shared by all pixels and images of a round.
  6  Moments are of the upsampled probabilities at full resolution, not of the feature map's.
  7  Images are scored one by one, so picks cannot depend on batch size or number of processes.
- 8  Every round trains from the initial weights: it depends on its labels and the seed alone.
+ 8  Every round trains from the initial weights: it depends on settings, labels and seed alone.
  9  mIoU: over the classes that occur in the truth, after the last epoch, at the working size.
 
     python balent_seg.py                                    synthetic scenes, on a CPU, in minutes
@@ -55,6 +55,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +118,7 @@ def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     y_b, product_b, rest_b = _stirling_rest(beta, 1)
     y_n, product_n, rest_n = _stirling_rest(alpha + beta, 2)
     log_scale = 0.5 * torch.log(2 * math.pi * (y_a / y_n) * (y_b / y_n) / y_n)
-    return log_scale + torch.log(product_n / (product_a * product_b)) + (rest_a + rest_b - rest_n)
+    return log_scale + torch.log(product_n / product_a / product_b) + (rest_a + rest_b - rest_n)
 
 
 def _entropy(prob: torch.Tensor, dim: int) -> torch.Tensor:
@@ -125,6 +127,7 @@ def _entropy(prob: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _balanced_entropy(mean_CN: torch.Tensor, var_CN: torch.Tensor) -> torch.Tensor:
+    """BalEnt of N pixels, by the formulas that `balanced_entropy` states."""
     # CHOICE 4: eps, the spacing of floats below 1, is the resolution of a probability and of its
     # deviation: a one-hot mean, or draws that all agree, is as certain as floats can tell, no more.
     eps = torch.finfo(mean_CN.dtype).eps
@@ -197,9 +200,7 @@ ACQUISITIONS: dict[str, Callable[..., Tensor]] = {
     "balent": lambda x, _=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),  # the paper's
     "random": _uniform,
     "entropy": lambda x, _=None: _entropy(x.mean_BCHW, 1),  # H(m)
-    "margin": lambda x, _=None: x.mean_BCHW.topk(2, dim=1).values.diff(dim=1)[
-        :, 0
-    ],  # second - first
+    "margin": lambda x, _=None: x.mean_BCHW.topk(2, 1).values.diff(dim=1)[:, 0],  # second - first
     "least_confidence": lambda x, _=None: 1 - x.mean_BCHW.amax(1),
     "bald": _bald,
     "power_bald": _power_bald,
@@ -302,9 +303,10 @@ class MCDropoutFCN(nn.Module):
         """
         if samples < 2:
             raise InputError(f"{samples} draws: a variance needs at least 2")
-        training = self.training
+        modes = {module: module.training for module in self.modules()}
         feature_BDhw = self.eval().features(x_B3HW)
-        self.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         head = self.thinned(samples, seed), self.classify.bias, x_B3HW.shape[-2:]
         images = [_image_moments(feature_Dhw, *head) for feature_Dhw in feature_BDhw]
         return Moments(*map(torch.stack, zip(*images, strict=True)))
@@ -357,8 +359,12 @@ def _image_moments(
 
 
 def stream(*keys: int) -> torch.Generator:
-    """A random stream of its own for every tuple of keys, such as (seed, round, image)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
+    """A random stream of its own for every tuple of keys: its purpose, the seed, the round ..."""
+    seed = np.random.SeedSequence([len(keys), *keys])  # its length, as numpy pads keys with zeros
+    return torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+
+
+DRAWS, NOISE, SHORTLIST, ORDER, VIEWS = range(5)  # the first key of a stream
 
 
 def all_points(label_HW: Tensor) -> Tensor:
@@ -373,7 +379,8 @@ def write_labels(path: Path, names: Sequence[str], picks: dict[int, Tensor]) -> 
     write_csv(path, [("image", "y", "x", "label"), *rows])
 
 
-def read_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[Tensor]:
+def read_labels(path: Path, names: Sequence[str], classes: Sequence[str],
+                size: Sequence[int]) -> list[Tensor]:  # fmt: skip
     """points_N3 of every image in `names`; a label is a class's index or name, or `void`."""
     number, points = {name: i for i, name in enumerate(names)}, [[] for _ in names]
     meaning = {"void": IGNORE, "255": IGNORE} | {
@@ -383,10 +390,12 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> lis
         for line, row in enumerate(csv.reader(file), 1):
             if line == 1 and row == ["image", "y", "x", "label"]:
                 continue
-            fits = len(row) == 4 and row[1].isdigit() and row[2].isdigit()
+            fits = len(row) == 4 and all(
+                v.isdecimal() and int(v) < n for v, n in zip(row[1:], size)
+            )
             if not fits or row[0] not in number or row[3] not in meaning:
-                raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label, an "
-                                 f"image of this dataset, one of {', '.join(meaning)}")  # fmt: skip
+                raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label of a "
+                                 f"pixel of the data, one of {', '.join(meaning)}")  # fmt: skip
             points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[row[3]]))
     return [torch.tensor(p, dtype=torch.long).reshape(-1, 3) for p in points]
 
@@ -426,10 +435,12 @@ def augment(image_B3HW: Tensor, points_BN3: Tensor, theta_B23: Tensor) -> tuple[
 def point_loss(logits_BChw: Tensor, xy_BN2: Tensor, class_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies at the points, in nats, and how many points are not IGNORE.
 
-    With border padding, `grid_sample` at the centres of pixels equals the bilinear `_upsample`.
+    With border padding, `grid_sample` at the centre of a pixel equals the bilinear `_upsample`.
     """
-    how = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
-    logits_BCN = F.grid_sample(logits_BChw, xy_BN2[:, None], **how)[:, :, 0]
+    # Clamped to the outermost centres, which is border padding: Apple GPUs have no other.
+    reach = 1 - 1 / xy_BN2.new_tensor(logits_BChw.shape[:1:-1])
+    grid_B1N2 = xy_BN2.clamp(-reach, reach)[:, None]
+    logits_BCN = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)[:, :, 0]
     loss = F.cross_entropy(logits_BCN, class_BN, ignore_index=IGNORE, reduction="sum")
     return loss, (class_BN != IGNORE).sum()
 
@@ -499,17 +510,18 @@ def evaluate(model: nn.Module, frames: Iterable, num_classes: int) -> Tensor:
 # ---- 7. Acquisition: score the pixels of an image and pick those of one round --------------------
 
 
-def score_image(model: MCDropoutFCN | None, image_3HW: Tensor, acquisition: str, samples: int,
-                keys: tuple[int, int, int]) -> Tensor:  # fmt: skip
-    """score_HW of an image (uint8), higher = label first; at random while there is no model.
+def score_image(model: MCDropoutFCN | None, acquisition: str, samples: int, seed: int, r: int,
+                image_3HW: Tensor, i: int) -> Tensor:  # fmt: skip
+    """score_HW of image i (uint8) in round r, higher = label first; random while there is no model.
 
-    Of the keys (seed, round, image), the first two fix the draws of the weights, all three noise.
+    Seed and round fix the draws of the weights, shared by all images; noise is the image's own.
     """
-    moments = Moments(None, None, image_3HW[:1])  # of which the random score takes the shape
-    if model is not None and acquisition != "random":
-        draws = stream(*keys[:2]).initial_seed()
-        moments = model.mc_moments(image_3HW[None].float() / 255, samples, draws)
-    return ACQUISITIONS[acquisition if model is not None else "random"](moments, stream(*keys))[0]
+    noise, shape = stream(NOISE, seed, r, i), image_3HW.shape[1:]
+    if model is None or acquisition == "random":
+        return torch.rand(shape, generator=noise).to(image_3HW.device)
+    draws = stream(DRAWS, seed, r).initial_seed()
+    moments = model.mc_moments(image_3HW[None].float() / 255, samples, draws)
+    return ACQUISITIONS[acquisition](moments, noise)[0]
 
 
 def pick_pixels(score_HW: Tensor, free_HW: Tensor, count: int, top: float = 0.0,
@@ -527,11 +539,11 @@ def pick_pixels(score_HW: Tensor, free_HW: Tensor, count: int, top: float = 0.0,
 
 
 def acquire(score: Callable[[Tensor, int], Tensor], frames: Iterable, points: Sequence[Tensor],
-            count: int, top: float = 0.0, keys: tuple = ()) -> dict[int, Tensor]:  # fmt: skip
+            count: int, top: float = 0.0, seed: int = 0) -> dict[int, Tensor]:  # fmt: skip
     """{image: points_N3} to label next, for frames (index_B, image_B3HW uint8, label_BHW).
 
     `score` maps image_3HW and its number to score_HW, `points` is what each image has labelled; a
-    pick's class is what label_BHW has there. `keys` fix the draws from the `top`.
+    pick's class is what label_BHW has there. `seed` fixes what is drawn from the `top`.
     """
     picks = {}
     for index_B, image_B3HW, label_BHW in frames:
@@ -539,7 +551,8 @@ def acquire(score: Callable[[Tensor, int], Tensor], frames: Iterable, points: Se
             free_HW = label_HW != IGNORE
             free_HW[points[i][:, 0], points[i][:, 1]] = False
             score_HW = score(image_3HW, i)  # CHOICE 7: one image at a time
-            yx_N2 = pick_pixels(score_HW, free_HW, count, top, stream(*keys, i))
+            shortlist = stream(SHORTLIST, seed, i, len(points[i]))
+            yx_N2 = pick_pixels(score_HW, free_HW, count, top, shortlist)
             picks[i] = torch.cat([yx_N2, label_HW[tuple(yx_N2.T)].long()[:, None]], 1).cpu()
     return picks
 
@@ -605,11 +618,13 @@ def list_frames(row: Dataset, root: Path, split: str, seed: int) -> list[tuple]:
         return [(f"{split}-{i:04d}", (seed, len(split), i), None) for i in range(int(labels))]
     frames, suffixes = [], row.suffixes[0]
     for path in sorted((root / images).rglob("*")):
-        if suffix := next((s for s in suffixes if path.name.endswith(s)), None):
-            name = path.relative_to(root / images).as_posix().removesuffix(suffix)
+        if suffix := next((s for s in suffixes if path.name.lower().endswith(s.lower())), None):
+            name = path.relative_to(root / images).as_posix()[: -len(suffix)]
             frames.append((name, path, root / labels / f"{name}{row.suffixes[1]}"))
     if not frames:
         raise InputError(f"{root / images}: no images (*{', *'.join(suffixes)}) there")
+    if len({name for name, *_ in frames}) < len(frames):
+        raise InputError(f"{root / images}: two images differ in their suffix only")
     if missing := [str(label) for _, _, label in frames if not label.is_file()]:
         raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(frames)} labels are)")
     return frames
@@ -664,7 +679,8 @@ def batches(frames: Frames, order: Tensor, size: int, workers: int) -> Iterator[
             yield index_B, *(x[index_B.to(x.device)] for x in frames.held)
     elif len(order):
         subset = torch.utils.data.Subset(frames, order.tolist())
-        yield from torch.utils.data.DataLoader(subset, size, num_workers=workers)
+        aside = torch.Generator()  # or the loader would draw from the stream that dropout uses
+        yield from torch.utils.data.DataLoader(subset, size, num_workers=workers, generator=aside)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -722,13 +738,15 @@ def synthetic_scene(size: tuple[int, int], *keys: int) -> tuple[Image.Image, Ima
 # ---- 9. Experiment: configuration, rounds, and the files of a run --------------------------------
 
 
-def option(default, help: str, **more):
+def option(default, help: str, ok: Callable = lambda _: True, needs: str = "", **more):
     """A field of Config: also a flag of the command line, its help, and the check of its value."""
-    return field(default=default, metadata={"help": help, **more})
+    if choices := more.get("choices"):
+        ok, needs = choices.__contains__, f"one of {', '.join(choices)}"
+    return field(default=default, metadata={"help": help, "ok": ok, "needs": needs, **more})
 
 
-POSITIVE = {"type": int, "ok": lambda v: v >= 1, "needs": "a whole number from 1"}
-NATURAL = {"type": int, "ok": lambda v: v >= 0, "needs": "a whole number from 0"}
+POSITIVE = {"type": int, "ok": lambda v: 0 < v < 2**31, "needs": "a whole number from 1"}
+NATURAL = {"type": int, "ok": lambda v: 0 <= v < 2**31, "needs": "a whole number from 0"}
 RATE = {"type": float, "ok": lambda v: 0 <= v < 1, "needs": "a number in [0, 1)"}
 PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}  # PixelPick's
 
@@ -777,13 +795,9 @@ def complete(config: Config) -> Config:
     values = {k: default.get(k) if v is None else v for k, v in asdict(config).items()}
     values |= {"size": tuple(values["size"])} | ({"rounds": 1} if config.supervised else {})
     for f in fields(config):
-        value, needs = values[f.name], f.metadata.get("needs")
-        if choices := f.metadata.get("choices"):
-            needs = None if value in choices else f"one of {', '.join(choices)}"
-        elif needs and f.metadata["ok"](value):
-            needs = None
-        if needs:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: expected {needs}")
+        if not f.metadata["ok"](values[f.name]):
+            flag = f"--{f.name.replace('_', '-')} {values[f.name]}"
+            raise InputError(f"{flag}: expected {f.metadata['needs']}")
     return Config(**values)
 
 
@@ -795,7 +809,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -811,16 +825,16 @@ class Experiment:
         self.config = config = complete(config)
         self.device, row = start_ranks(config), DATASETS[config.dataset]
         root, self.folder = Path(config.root, row.folder), Path(config.out, config.name)
-        if row.folder and not root.is_dir():
-            if RANK == 0:
-                fetch(row, Path(config.root))
-            gather(None)
+        if RANK == 0 and row.folder and not root.is_dir():
+            fetch(row, Path(config.root))
+        gather(None)
         names = root / "classes.txt"
         if not row.classes and not names.is_file():
             raise InputError(f"{names} is missing: expected the name of a class on each line")
-        self.classes = row.classes.split() or [
-            x for x in names.read_text().splitlines() if x.strip()
-        ]
+        lines = row.classes.split() or names.read_text(encoding="utf-8").splitlines()
+        self.classes = [name.strip() for name in lines if name.strip()]
+        if not 2 <= len(self.classes) <= 254:
+            raise InputError(f"{names}: {len(self.classes)} classes, expected 2 to 254")
         lookup, C = np.full(256, -1), len(self.classes)
         lookup[list(row.raw)[:C]], lookup[list(row.void)] = range(C), IGNORE
         if config.dataset == "folder":
@@ -828,12 +842,15 @@ class Experiment:
         frames = (list_frames(row, root, split, config.seed) for split in row.splits)
         self.train, self.test = (Frames(part, lookup, config.size) for part in frames)
         if RANK == 0:
-            self.open_folder()
             print(f"{config.name}: {len(self.train)} training and {len(self.test)} test images, "
                   f"{C} classes, {config.arch} on {self.device}", flush=True)  # fmt: skip
             self.warn_if_slow()
         for part in (self.train, self.test):
             part.hold(self.device, config.workers)
+        self.build()  # what is wrong with the weights shows before anything is written
+        if RANK == 0:
+            self.open_folder()
+        gather(None)
 
     def open_folder(self) -> None:
         """Record the settings in the run's folder; refuse one that was run with others."""
@@ -845,8 +862,10 @@ class Experiment:
         old = json.loads(path.read_text())["settings"] if path.exists() else settings
         free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
         if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
-            what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
-            raise InputError(f"{self.folder} has other settings ({what}): use another --out")
+            if (self.folder / "model.pt").exists():
+                what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
+                raise InputError(f"{self.folder} has other settings ({what}): use another --out")
+            shutil.rmtree(self.folder / "round-00", ignore_errors=True)  # nothing was learned yet
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         write_json(path, {"settings": settings, "versions": {"python": sys.version, **versions}})
 
@@ -869,7 +888,9 @@ class Experiment:
         config = self.config
         torch.manual_seed(config.seed)
         model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
-        model.mixed = config.amp and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        model.mixed = (
+            config.amp and self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        )
         return model.to(self.device, memory_format=torch.channels_last)
 
     def fit(self, points: list[Tensor] | None, r: int) -> tuple[MCDropoutFCN, float, float]:
@@ -882,12 +903,12 @@ class Experiment:
             return model, state["loss"], state["seconds"]
         per_epoch = math.ceil(len(self.train) / config.batch_size)
         steps = per_epoch * config.epochs
-        orders, views = stream(config.seed, r), stream(config.seed, r, RANK)
+        orders, views = stream(ORDER, config.seed, r), stream(VIEWS, config.seed, r, RANK)
         torch.manual_seed(views.initial_seed())  # for dropout
 
         def training_batches() -> Iterator[tuple[Tensor, Tensor]]:
             for _ in range(config.epochs):
-                # The last batch is filled up from the first: BatchNorm never sees a lone image.
+                # The last batch is filled up from the first, so BatchNorm sees as many as always.
                 order = torch.randperm(len(self.train), generator=orders).repeat(config.batch_size)
                 order = order[: per_epoch * config.batch_size].view(per_epoch, -1)[:, RANK::WORLD]
                 share = order.flatten(), order.shape[1], config.workers
@@ -899,6 +920,9 @@ class Experiment:
         shown = progress(training_batches(), steps, f"round {r}: train")
         optimizer = make_optimizer(model, config.lr, config.weights != "none")
         loss = train(distributed(model), shown, steps, optimizer, views, total)
+        loss = sum(gather(loss)) / WORLD
+        for buffer in model.buffers() if WORLD > 1 else ():
+            dist.broadcast(buffer, 0)  # BatchNorm's statistics: all score with the same network
         state = {"round": r, "loss": loss, "seconds": time.time() - clock}
         if RANK == 0:
             with replacing(path) as temporary:
@@ -915,13 +939,11 @@ class Experiment:
     def choose(self, model: MCDropoutFCN | None, points: list[Tensor], r: int) -> None:
         """Pick the pixels of round r and write its labels.csv."""
         config, path = self.config, self.folder / f"round-{r:02d}" / "labels.csv"
-
-        def score(image_3HW: Tensor, i: int) -> Tensor:
-            keys = config.seed, r, i
-            return score_image(model, image_3HW, config.acquisition, config.mc_samples, keys)
-
+        setting = config.acquisition, config.mc_samples, config.seed, r
         frames, top = self.share(self.train, f"round {r}: score"), config.top if model else 0.0
-        picks = acquire(score, frames, points, config.pixels, top, (config.seed, r, 1))
+        picks = acquire(
+            partial(score_image, model, *setting), frames, points, config.pixels, top, config.seed
+        )
         parts = gather(picks)
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
@@ -939,48 +961,51 @@ class Experiment:
                     if r and model is None:
                         model, *_ = self.fit(points, r - 1)
                     self.choose(model, points, r)
-                fresh = read_labels(here / "labels.csv", self.train.names, self.classes)
+                frames = self.train.names, self.classes, config.size
+                fresh = read_labels(here / "labels.csv", *frames)
                 points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
                 if not any((p[:, 2] != IGNORE).any() for p in points):
                     raise InputError("every pixel of the training images is void: no labels")
             if (here / "metrics.json").exists():
-                history.append(json.loads((here / "metrics.json").read_text()))
                 model = None
-                continue
-            seconds = {"acquire": time.time() - clock}
-            model, loss, seconds["train"] = self.fit(points, r)
-            clock = time.time()
-            confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
-            confusion_CC = total(confusion_CC.to(self.device)).cpu()
-            seconds["evaluate"] = time.time() - clock
-            history.append(self.record(r, points, loss, confusion_CC, seconds))
+            else:
+                seconds = {"acquire": time.time() - clock}
+                model, loss, seconds["train"] = self.fit(points, r)
+                record = {"round": r, **self.measure(model, points, seconds), "loss": loss}
+                if RANK == 0:
+                    here.mkdir(exist_ok=True)
+                    self.draw_panel(model, fresh, r)
+                    write_json(here / "metrics.json", record | {"seconds": seconds})
+                    took = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
+                    print("round {round}: {pixels_per_image:.1f} pixels an image, mIoU {mIoU:.4f}, "
+                          "loss {loss:.3f}".format(**record), f"({took})", flush=True)  # fmt: skip
+                gather(None)
+            history.append(json.loads((here / "metrics.json").read_text()))
+            rows = [{k: v for k, v in h.items() if k not in ("IoU", "seconds")} for h in history]
+            iou = [{f"IoU {name}": v for name, v in h["IoU"].items()} for h in history]
             if RANK == 0:
-                here.mkdir(exist_ok=True)
-                self.draw_panel(model, fresh, r)
-                write_json(here / "metrics.json", history[-1])
-                rows = [{**h, **h["IoU"], **h["seconds"]} for h in history]
-                keys = [k for k in rows[0] if k not in ("IoU", "seconds")]
-                table = [keys, *([row[k] for k in keys] for row in rows)]
-                write_csv(self.folder / "metrics.csv", table)
-                took = ", ".join(f"{what} {time_:.0f} s" for what, time_ in seconds.items())
-                print("round {round}: {pixels_per_image:.1f} pixels an image, mIoU {mIoU:.4f}, "
-                      "loss {loss:.3f}".format(**history[-1]), f"({took})", flush=True)  # fmt: skip
-            gather(None)
+                lines = [
+                    [*row.values(), *more.values()] for row, more in zip(rows, iou, strict=True)
+                ]
+                write_csv(self.folder / "metrics.csv", [[*rows[0], *iou[0]], *lines])
         return history
 
-    def record(self, r: int, points, loss: float, confusion_CC: Tensor, seconds: dict) -> dict:
-        """A round as metrics.json has it; the IoU of a class that the test images lack is None."""
+    def measure(self, model: MCDropoutFCN, points: list[Tensor] | None, seconds: dict) -> dict:
+        """What is labelled, and how good that makes the network; the time goes to `seconds`."""
+        clock = time.time()
+        confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
+        confusion_CC = total(confusion_CC.to(self.device)).cpu()
+        seconds["evaluate"] = time.time() - clock
         if not confusion_CC.sum():
             raise InputError("every pixel of the test images is void: no mIoU")
         every = batches(self.train, torch.arange(len(self.train)), 16, self.config.workers)
         classes = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
         pixels = sum(int((labelled != IGNORE).sum()) for labelled in classes)
         iou = zip(self.classes, iou_per_class(confusion_CC).tolist(), strict=True)
-        return {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(self.train),
+        return {"pixels": pixels, "pixels_per_image": pixels / len(self.train),
                 "mIoU": iou_per_class(confusion_CC).nanmean().item(),
-                "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(), "loss": loss,
-                "IoU": {name: None if math.isnan(value) else value for name, value in iou},
-                "seconds": {k: round(v, 2) for k, v in seconds.items()}}  # fmt: skip
+                "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(),
+                "IoU": {name: None if math.isnan(v) else v for name, v in iou}}  # fmt: skip
 
     def draw_panel(self, model: MCDropoutFCN, fresh: list[Tensor] | None, r: int) -> None:
         """panel.png: image | truth | prediction | score | picks of the round, for three images."""
@@ -992,15 +1017,18 @@ class Experiment:
         own = _colours(DATASETS[config.dataset].palette)
         palette[: len(own)], palette[IGNORE] = own, 0
         colours = matplotlib.colors.ListedColormap(palette / 255)
-        titles = "image", "truth", "prediction", f"{name} score", f"picks of round {r}"
+        titles = (
+            "image",
+            "truth",
+            "prediction",
+            f"{name} score for round {r + 1}",
+            f"picks of round {r}",
+        )
         for k, row in enumerate(figure.subplots(3, 5)):
             i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // 2]
-            x_3HW, void_HW, keys = (
-                image_3HW.to(self.device),
-                label_HW == IGNORE,
-                (config.seed, r + 1, i),
-            )
-            score_HW = score_image(model, x_3HW, name, config.mc_samples, keys).cpu()
+            x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
+            setting = name, config.mc_samples, config.seed, r + 1
+            score_HW = score_image(model, *setting, x_3HW, i).cpu()
             with torch.no_grad():
                 pred_HW = model.eval()(x_3HW[None].float() / 255)[0].argmax(0).cpu()
             for axes, title in zip(row, titles, strict=True):
@@ -1031,8 +1059,13 @@ def run(config: Config) -> list[dict]:
 
 def table(configs: list[Config], histories: list[list[dict]]) -> str:
     """mIoU against labelled pixels, side by side, and its share of the supervised run's, if any."""
-    path = Path(configs[0].out, replace(configs[0], supervised=True).name, "round-00/metrics.json")
-    bound = json.loads(path.read_text())["mIoU"] if path.exists() else None
+    ours, bound = complete(configs[0]), None
+    folder = Path(ours.out, replace(ours, supervised=True).name)
+    if (folder / "round-00" / "metrics.json").exists():
+        theirs = json.loads((folder / "config.json").read_text())["settings"]
+        same = ("size", "arch", "weights", "epochs", "lr", "batch_size", "dropout")
+        if all(json.dumps(theirs[k]) == json.dumps(getattr(ours, k)) for k in same):
+            bound = json.loads((folder / "round-00" / "metrics.json").read_text())["mIoU"]
     lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>28}" for c in configs)]
     for records in zip(*histories, strict=True):
         miou = [record["mIoU"] for record in records]
@@ -1048,7 +1081,7 @@ def draw_curves(out: Path, dataset: str) -> None:
     """curves.png: mIoU against labelled pixels of the dataset's runs in `out`, seeds as bands."""
     runs: dict[str, list] = {}
     for path in sorted(out.glob(f"{dataset}-*-seed*/metrics.csv")):
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             curve = [(float(row["pixels_per_image"]), float(row["mIoU"])) for row in rows]
         name = path.parent.name.removeprefix(f"{dataset}-").rsplit("-seed", 1)[0]
@@ -1056,8 +1089,8 @@ def draw_curves(out: Path, dataset: str) -> None:
     figure = matplotlib.figure.Figure((6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curves in runs.items():
-        curve_SR2 = np.array([curve[: min(map(len, curves))] for curve in curves])
-        x, y, spread = curve_SR2[0, :, 0], curve_SR2[..., 1].mean(0), curve_SR2[..., 1].std(0)
+        curves_ = np.array([curve[: min(map(len, curves))] for curve in curves])
+        x, y, spread = curves_[0, :, 0], curves_[..., 1].mean(0), curves_[..., 1].std(0)
         if name == "supervised":
             axes.axhline(y[0], color="black", linestyle="--", label=name)
             continue
@@ -1080,13 +1113,19 @@ def start_ranks(config: Config) -> torch.device:
     name = here[0] if config.device == "auto" else config.device
     if name not in here:
         raise InputError(f"--device {name}: expected auto, or what is there: {', '.join(here)}")
-    if config.batch_size % WORLD:
-        raise InputError(f"--batch-size {config.batch_size}: expected a multiple of {WORLD} ranks")
+    least = 2 * WORLD if config.arch.startswith("deeplab") else WORLD  # it normalises over images
+    if config.batch_size % WORLD or config.batch_size < least:
+        raise InputError(f"--batch-size {config.batch_size}: expected a multiple of {WORLD} "
+                         f"processes, at least {least}")  # fmt: skip
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0")) if name == "cuda" else None)
     if name == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        backend, patience = (
+            "nccl" if name == "cuda" else "gloo",
+            timedelta(hours=2),
+        )  # for downloads
+        dist.init_process_group(backend, timeout=patience)
     return device
 
 
@@ -1153,7 +1192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if matplotlib:
                 draw_curves(Path(configs[0].out), configs[0].dataset)
         return 0
-    except InputError as error:  # one from a worker comes wrapped in the worker's traceback
+    except (InputError, OSError) as error:  # one from a worker comes wrapped in its traceback
         print(f"balent_seg: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
