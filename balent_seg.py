@@ -684,6 +684,7 @@ def batches(frames: Frames, order: Tensor, size: int, workers: int) -> Iterator[
 
 
 def read_image(path: Path) -> Image.Image:
+    """The decoded image, or an InputError that names it."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -907,6 +908,7 @@ class Experiment:
         torch.manual_seed(views.initial_seed())  # for dropout
 
         def training_batches() -> Iterator[tuple[Tensor, Tensor]]:
+            """(image_B3HW, points_BN3) of this process, on the device."""
             for _ in range(config.epochs):
                 # The last batch is filled up from the first, so BatchNorm sees as many as always.
                 order = torch.randperm(len(self.train), generator=orders).repeat(config.batch_size)
@@ -940,14 +942,16 @@ class Experiment:
         """Pick the pixels of round r and write its labels.csv."""
         config, path = self.config, self.folder / f"round-{r:02d}" / "labels.csv"
         setting = config.acquisition, config.mc_samples, config.seed, r
-        frames, top = self.share(self.train, f"round {r}: score"), config.top if model else 0.0
-        picks = acquire(
-            partial(score_image, model, *setting), frames, points, config.pixels, top, config.seed
-        )
-        parts = gather(picks)
+        score = partial(score_image, model, *setting)
+        frames = self.share(self.train, f"round {r}: score")
+        top = config.top if model else 0.0  # round 0 is the same for all
+        parts = gather(acquire(score, frames, points, config.pixels, top, config.seed))
+        picks = {i: points_N3 for part in parts for i, points_N3 in part.items()}
+        if r == 0 and not any(map(len, picks.values())):
+            raise InputError("every pixel of the training images is void: nothing to label")
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
-            write_labels(path, self.train.names, {i: p for part in parts for i, p in part.items()})
+            write_labels(path, self.train.names, picks)
         gather(None)
 
     def run(self) -> list[dict]:
@@ -964,8 +968,6 @@ class Experiment:
                 frames = self.train.names, self.classes, config.size
                 fresh = read_labels(here / "labels.csv", *frames)
                 points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
-                if not any((p[:, 2] != IGNORE).any() for p in points):
-                    raise InputError("every pixel of the training images is void: no labels")
             if (here / "metrics.json").exists():
                 model = None
             else:
@@ -981,13 +983,11 @@ class Experiment:
                           "loss {loss:.3f}".format(**record), f"({took})", flush=True)  # fmt: skip
                 gather(None)
             history.append(json.loads((here / "metrics.json").read_text()))
-            rows = [{k: v for k, v in h.items() if k not in ("IoU", "seconds")} for h in history]
-            iou = [{f"IoU {name}": v for name, v in h["IoU"].items()} for h in history]
             if RANK == 0:
-                lines = [
-                    [*row.values(), *more.values()] for row, more in zip(rows, iou, strict=True)
-                ]
-                write_csv(self.folder / "metrics.csv", [[*rows[0], *iou[0]], *lines])
+                scalars = [k for k, v in history[0].items() if not isinstance(v, dict)]
+                rows = [[*(h[k] for k in scalars), *h["IoU"].values()] for h in history]
+                header = *scalars, *(f"IoU {name}" for name in self.classes)
+                write_csv(self.folder / "metrics.csv", [header, *rows])
         return history
 
     def measure(self, model: MCDropoutFCN, points: list[Tensor] | None, seconds: dict) -> dict:
