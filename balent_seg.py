@@ -404,15 +404,13 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str],
 
 
 def random_affine(count: int, generator: torch.Generator, zoom: float = 2.0) -> Tensor:
-    """theta_B23 from view to image, as `F.affine_grid` takes it: random zoom, shift and flip.
-
-    The zoom is log-uniform in [1 / zoom, zoom]; the smaller of view and image stays in the larger.
-    """
+    """theta_B23 from view to image: random flip, shift and log-uniform zoom in [1 / zoom, zoom]."""
     z, dx, dy, flip = torch.rand(4, count, generator=generator)
     scale = zoom ** (2 * z - 1)
     theta_B23 = torch.zeros(count, 2, 3)
     theta_B23[:, 0, 0], theta_B23[:, 1, 1] = torch.where(flip < 0.5, -scale, scale), scale
-    theta_B23[:, :, 2] = (2 * torch.stack([dx, dy], 1) - 1) * (1 - scale).abs()[:, None]
+    shift_B2 = (2 * torch.stack([dx, dy], 1) - 1) * (1 - scale).abs()[:, None]
+    theta_B23[:, :, 2] = shift_B2  # of view and image, the smaller stays inside the larger
     return theta_B23
 
 
@@ -872,17 +870,17 @@ class Experiment:
 
     def warn_if_slow(self) -> None:
         """On a CPU, say at once what the run will take, judging from one pass, and what to do."""
-        config = self.config
-        if self.device.type == "cpu":
-            model = MCDropoutFCN(len(self.classes), config.arch, weights="none").eval()
-            with torch.no_grad():
-                for _ in range(2):  # the first warms up
-                    clock = time.time()
-                    model(torch.rand(1, 3, *config.size))
-            passes = config.rounds * (len(self.train) * (3 * config.epochs + 2) + len(self.test))
-            if (hours := (time.time() - clock) * passes / 3600) > 3:
-                print(f"this will take some {hours:.0f} hours on the CPU: use a GPU, or --arch "
-                      "small --size 120 160 --rounds 5 --epochs 30", file=sys.stderr)  # fmt: skip
+        if self.device.type != "cpu":
+            return
+        config, C = self.config, len(self.classes)
+        model = MCDropoutFCN(C, config.arch, weights="none")
+        for _ in range(2):  # the first warms up
+            clock = time.time()
+            model.mc_moments(torch.zeros(1, 3, *config.size), 2)
+        passes = config.rounds * (len(self.train) * (3 * config.epochs + 2) + len(self.test))
+        if (hours := (time.time() - clock) * passes / 3600) > 3:
+            print(f"this will take some {hours:.0f} hours on the CPU: use a GPU, or --arch small "
+                  "--size 120 160 --rounds 5 --epochs 30", file=sys.stderr)  # fmt: skip
 
     def build(self) -> MCDropoutFCN:
         """The untrained network: CHOICE 8, the same in every round, whatever the acquisition."""
@@ -921,8 +919,10 @@ class Experiment:
 
         shown = progress(training_batches(), steps, f"round {r}: train")
         optimizer = make_optimizer(model, config.lr, config.weights != "none")
-        loss = train(distributed(model), shown, steps, optimizer, views, total)
-        loss = sum(gather(loss)) / WORLD
+        if WORLD > 1 and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        shared = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+        loss = sum(gather(train(shared, shown, steps, optimizer, views, total))) / WORLD
         for buffer in model.buffers() if WORLD > 1 else ():
             dist.broadcast(buffer, 0)  # BatchNorm's statistics: all score with the same network
         state = {"round": r, "loss": loss, "seconds": time.time() - clock}
@@ -991,7 +991,7 @@ class Experiment:
         return history
 
     def measure(self, model: MCDropoutFCN, points: list[Tensor] | None, seconds: dict) -> dict:
-        """What is labelled, and how good that makes the network; the time goes to `seconds`."""
+        """What is labelled, and how good that makes the network; its time goes to `seconds`."""
         clock = time.time()
         confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
         confusion_CC = total(confusion_CC.to(self.device)).cpu()
@@ -1060,21 +1060,20 @@ def run(config: Config) -> list[dict]:
 def table(configs: list[Config], histories: list[list[dict]]) -> str:
     """mIoU against labelled pixels, side by side, and its share of the supervised run's, if any."""
     ours, bound = complete(configs[0]), None
-    folder = Path(ours.out, replace(ours, supervised=True).name)
-    if (folder / "round-00" / "metrics.json").exists():
-        theirs = json.loads((folder / "config.json").read_text())["settings"]
+    path = Path(ours.out, replace(ours, supervised=True).name, "round-00", "metrics.json")
+    if path.exists():
+        theirs = json.loads((path.parents[1] / "config.json").read_text())["settings"]
         same = ("size", "arch", "weights", "epochs", "lr", "batch_size", "dropout")
         if all(json.dumps(theirs[k]) == json.dumps(getattr(ours, k)) for k in same):
-            bound = json.loads((folder / "round-00" / "metrics.json").read_text())["mIoU"]
+            bound = json.loads(path.read_text())["mIoU"]
     lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>28}" for c in configs)]
     for records in zip(*histories, strict=True):
-        miou = [record["mIoU"] for record in records]
-        cells = [f"{x:.4f}" + (f" ({x / bound:.1%})" if bound else "") for x in miou]
+        shares = (f" ({x['mIoU'] / bound:.1%})" if bound else "" for x in records)
+        cells = [f"{x['mIoU']:.4f}{share}" for x, share in zip(records, shares, strict=True)]
         pixels = f"{records[0]['pixels_per_image']:12.1f}"
         lines.append(pixels + "".join(f"{cell:>28}" for cell in cells))
-    if bound:
-        lines.append(f"in brackets: the share of the supervised mIoU, {bound:.4f}")
-    return "\n".join(lines)
+    note = f"\nin brackets: the share of the supervised mIoU, {bound:.4f}" if bound else ""
+    return "\n".join(lines) + note
 
 
 def draw_curves(out: Path, dataset: str) -> None:
@@ -1142,15 +1141,6 @@ def gather(value) -> list:
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def distributed(model: nn.Module) -> nn.Module:
-    """`model`, its gradients averaged over the processes, on GPUs its batch statistics too."""
-    if WORLD == 1:
-        return model
-    if next(model.parameters()).is_cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model)
 
 
 def progress(items: Iterable, count: int, what: str) -> Iterator:
