@@ -757,7 +757,7 @@ class Config:
     # fmt: off
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "folder that holds CamVid/, or the folder dataset itself")
-    acquisition: str = option("balent", "how pixels are chosen", choices=ACQUISITIONS)
+    acquisition: str = option("balent", "how pixels are chosen, in turn", choices=ACQUISITIONS)
     supervised: bool = option(False, "label every pixel and train once: the upper bound")
     rounds: int | None = option(None, "rounds, the first at random [10; synthetic 5]", **POSITIVE)
     pixels: int = option(10, "labels per image and round", **POSITIVE)
@@ -768,8 +768,9 @@ class Config:
     mc_samples: int = option(50, "draws of the weights", **POSITIVE | {
         "ok": lambda v: v > 1, "needs": "a whole number from 2"})
     top: float = option(0.0, "pick at random among this best fraction; PixelPick: 0.05", **RATE)
-    size: tuple[int, int] | None = option(None, "working height and width [the dataset's]", nargs=2,
-                                          type=int, ok=lambda v: min(v) >= 16, needs="16 or more")
+    size: tuple[int, int] | None = option(None, "working size [the dataset's]", type=int, nargs=2,
+                                          ok=lambda v: min(v) >= 16, needs="16 or more",
+                                          metavar=("H", "W"))
     batch_size: int = option(8, "images a step, over all processes", **POSITIVE)
     lr: float | None = option(None, "learning rate of AdamW [5e-4; synthetic 5e-3]", type=float,
                               ok=lambda v: 0 < v < math.inf, needs="a positive number")
@@ -1158,13 +1159,18 @@ def fail(message: str) -> None:
 
 def parse(argv: Sequence[str] | None) -> list[Config]:
     """A Config for each acquisition function that the command line asks for."""
-    parser = argparse.ArgumentParser("balent_seg.py", description=__doc__.split("\n\n")[1])
+    title, what, *_, commands = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        "balent_seg.py", "balent_seg.py [options]", f"{title}\n\n{what}", f"examples:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = fail  # one line, not the usage
     for f in fields(Config):
         how = {k: v for k, v in f.metadata.items() if k not in ("ok", "needs")}
         how |= {"action": "store_true"} if f.default is False else {}
         how |= {"nargs": "+"} if f.name == "acquisition" else {}
-        how["help"] += "" if f.default in (None, False) else f" [{f.default}]"
+        if choices := how.get("choices"):
+            how |= {"metavar": "NAME", "help": f"{how['help']}: {', '.join(choices)}"}
+        how["help"] += "" if f.default in (None, True) or f.default is False else f" [{f.default}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **how)
     given = vars(parser.parse_args(argv))
     names = given.pop("acquisition")
