@@ -980,8 +980,9 @@ class Experiment:
                     self.draw_panel(model, fresh, r)
                     write_json(here / "metrics.json", record | {"seconds": seconds})
                     took = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
-                    print("round {round}: {pixels_per_image:.1f} pixels an image, mIoU {mIoU:.4f}, "
-                          "loss {loss:.3f}".format(**record), f"({took})", flush=True)  # fmt: skip
+                    print(f"round {r}: {record['pixels_per_image']:.1f} pixels an image, "
+                          f"mIoU {record['mIoU']:.4f}, loss {loss:.3f} ({took})",
+                          flush=True)  # fmt: skip
                 gather(None)
             history.append(json.loads((here / "metrics.json").read_text()))
             if RANK == 0:
