@@ -183,7 +183,7 @@ def _uniform(moments: Moments, generator: torch.Generator | None = None) -> Tens
     return torch.rand(like_BHW.shape, generator=generator).to(like_BHW.device)
 
 
-def _bald(moments: Moments, _=None) -> Tensor:
+def _bald(moments: Moments, generator=None) -> Tensor:
     """H(m) - E[H(P)]: mutual information of label and weights, nats (Houlsby et al. 2011)."""
     return (_entropy(moments.mean_BCHW, 1) - moments.cond_entropy_BHW).clamp(min=0)
 
@@ -195,16 +195,17 @@ def _power_bald(moments: Moments, generator: torch.Generator | None = None) -> T
     return _bald(moments).clamp(min=tiny).log() + gumbel_BHW
 
 
-# Each takes Moments, and a generator that only the random ones use.
+# Each takes Moments and a generator, which only the random ones use.
 ACQUISITIONS: dict[str, Callable[..., Tensor]] = {
-    "balent": lambda x, _=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),  # the paper's
+    "balent": lambda x, generator=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),  # the paper's
     "random": _uniform,
-    "entropy": lambda x, _=None: _entropy(x.mean_BCHW, 1),  # H(m)
-    "margin": lambda x, _=None: x.mean_BCHW.topk(2, 1).values.diff(dim=1)[:, 0],  # second - first
-    "least_confidence": lambda x, _=None: 1 - x.mean_BCHW.amax(1),
+    "entropy": lambda x, generator=None: _entropy(x.mean_BCHW, 1),  # H(m)
+    # the second most probable class minus the first
+    "margin": lambda x, generator=None: x.mean_BCHW.topk(2, 1).values.diff(dim=1)[:, 0],
+    "least_confidence": lambda x, generator=None: 1 - x.mean_BCHW.amax(1),
     "bald": _bald,
     "power_bald": _power_bald,
-    "mean_std": lambda x, _=None: x.var_BCHW.sqrt().mean(1),  # Kampffmeyer et al. 2016
+    "mean_std": lambda x, generator=None: x.var_BCHW.sqrt().mean(1),  # Kampffmeyer et al. 2016
 }
 
 
