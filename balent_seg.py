@@ -300,7 +300,7 @@ class MCDropoutFCN(nn.Module):
         """Moments of the class probabilities over `samples` draws of the last layer's weights.
 
         One pass of the trunk, in eval mode. The draws are fixed by `seed` and shared by all pixels
-        and images; they are streamed in float32, so memory does not grow with their number.
+        and images; at full resolution they are streamed, in float32: none is kept.
         """
         if samples < 2:
             raise InputError(f"{samples} draws: a variance needs at least 2")
@@ -384,17 +384,14 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str],
                 size: Sequence[int]) -> list[Tensor]:  # fmt: skip
     """points_N3 of every image in `names`; a label is a class's index or name, or `void`."""
     number, points = {name: i for i, name in enumerate(names)}, [[] for _ in names]
-    meaning = {"void": IGNORE, "255": IGNORE} | {
-        key: k for k, c in enumerate(classes) for key in (c, str(k))
-    }
+    meaning = {"void": IGNORE, "255": IGNORE} | {c: k for k, c in enumerate(classes)}
+    meaning |= {str(k): k for k in range(len(classes))}
     with open(path, newline="", encoding="utf-8-sig") as file:
         for line, row in enumerate(csv.reader(file), 1):
             if line == 1 and row == ["image", "y", "x", "label"]:
                 continue
-            fits = len(row) == 4 and all(
-                v.isdecimal() and int(v) < n for v, n in zip(row[1:], size)
-            )
-            if not fits or row[0] not in number or row[3] not in meaning:
+            inside = (v.isdecimal() and int(v) < n for v, n in zip(row[1:3], size))
+            if len(row) != 4 or row[0] not in number or row[3] not in meaning or not all(inside):
                 raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label of a "
                                  f"pixel of the data, one of {', '.join(meaning)}")  # fmt: skip
             points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[row[3]]))
@@ -889,9 +886,8 @@ class Experiment:
         config = self.config
         torch.manual_seed(config.seed)
         model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
-        model.mixed = (
-            config.amp and self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-        )
+        cuda = self.device.type == "cuda"
+        model.mixed = config.amp and cuda and torch.cuda.is_bf16_supported(False)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def fit(self, points: list[Tensor] | None, r: int) -> tuple[MCDropoutFCN, float, float]:
@@ -1004,11 +1000,12 @@ class Experiment:
         every = batches(self.train, torch.arange(len(self.train)), 16, self.config.workers)
         classes = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
         pixels = sum(int((labelled != IGNORE).sum()) for labelled in classes)
-        iou = zip(self.classes, iou_per_class(confusion_CC).tolist(), strict=True)
+        iou_C = iou_per_class(confusion_CC)
+        named = zip(self.classes, iou_C.tolist(), strict=True)
         return {"pixels": pixels, "pixels_per_image": pixels / len(self.train),
-                "mIoU": iou_per_class(confusion_CC).nanmean().item(),
+                "mIoU": iou_C.nanmean().item(),
                 "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(),
-                "IoU": {name: None if math.isnan(v) else v for name, v in iou}}  # fmt: skip
+                "IoU": {name: None if math.isnan(v) else v for name, v in named}}  # fmt: skip
 
     def draw_panel(self, model: MCDropoutFCN, fresh: list[Tensor] | None, r: int) -> None:
         """panel.png: image | truth | prediction | score | picks of the round, for three images."""
@@ -1020,13 +1017,8 @@ class Experiment:
         own = _colours(DATASETS[config.dataset].palette)
         palette[: len(own)], palette[IGNORE] = own, 0
         colours = matplotlib.colors.ListedColormap(palette / 255)
-        titles = (
-            "image",
-            "truth",
-            "prediction",
-            f"{name} score for round {r + 1}",
-            f"picks of round {r}",
-        )
+        titles = ["image", "truth", "prediction"]
+        titles += [f"{name} score for round {r + 1}", f"picks of round {r}"]
         for k, row in enumerate(figure.subplots(3, 5)):
             i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // 2]
             x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
@@ -1041,9 +1033,8 @@ class Experiment:
             for axes, class_HW in zip(row[1:3], (label_HW, pred_HW), strict=True):
                 class_HW = class_HW.masked_fill(void_HW, IGNORE).numpy()
                 axes.imshow(class_HW, colours, vmin=0, vmax=IGNORE, interpolation="nearest")
-            low, high = np.percentile(
-                score_HW.masked_fill(void_HW, score_HW.mean()).numpy(), (1, 99)
-            )
+            inside = score_HW.masked_fill(void_HW, score_HW.mean()).numpy()
+            low, high = np.percentile(inside, (1, 99))
             figure.colorbar(row[3].imshow(score_HW.numpy(), vmin=low, vmax=high), ax=row[3])
             if fresh:
                 y, x, c = fresh[i].T
@@ -1123,11 +1114,8 @@ def start_ranks(config: Config) -> torch.device:
     if name == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        backend, patience = (
-            "nccl" if name == "cuda" else "gloo",
-            timedelta(hours=2),
-        )  # for downloads
-        dist.init_process_group(backend, timeout=patience)
+        backend = "nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
     return device
 
 
