@@ -310,28 +310,30 @@ class MCDropoutFCN(nn.Module):
         feature_BDhw = self.eval().features(x_B3HW)
         for module, mode in modes.items():
             module.training = mode
-        head = self.thinned(samples, seed), self.classify.bias, x_B3HW.shape[-2:]
-        images = [_image_moments(feature_Dhw, *head) for feature_Dhw in feature_BDhw]
-        return Moments(*map(torch.stack, zip(*images, strict=True)))
+        head = self.thinned(samples, seed), self.classify.bias
+        (B, _, H, W), C = x_B3HW.shape, self.classify.out_channels
+        moments = Moments(*(feature_BDhw.new_empty(n) for n in ((B, C, H, W),) * 2 + ((B, H, W),)))
+        for feature_Dhw, *image_moments in zip(feature_BDhw, *moments, strict=True):
+            _image_moments(feature_Dhw, *head, *image_moments)
+        return moments
 
 
 def _upsample(x_BChw: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x_BChw, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _image_moments(
-    feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor, size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mean_CHW, var_CHW, cond_entropy_HW of softmax(_upsample(weight_t feature + bias)) over t.
+def _image_moments(feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor,
+                   mean_CHW: Tensor, var_CHW: Tensor, cond_entropy_HW: Tensor) -> None:  # fmt: skip
+    """Fill in the moments of softmax(_upsample(weight_t feature + bias)) over the draws t.
 
     Upsampling is two matrix products, over blocks of rows that fit a CPU's cache.
     """
-    (_, h, w), (H, W), (T, C, _) = feature_Dhw.shape, size, weight_TCD.shape
+    (_, h, w), (C, H, W), T = feature_Dhw.shape, mean_CHW.shape, len(weight_TCD)
     up_Hh = _upsample(torch.eye(h)[None, None], (H, h))[0, 0]
     up_wW = _upsample(torch.eye(w)[None, None], (w, W))[0, 0].to(feature_Dhw)
     rows = max(1, (1 << 18 if feature_Dhw.device.type == "cpu" else 1 << 24) // (C * W))
-    blocks = []
-    for up_Rh in up_Hh.split(rows):
+    blocks = (x.split(rows, -2) for x in (up_Hh, mean_CHW, var_CHW, cond_entropy_HW))
+    for up_Rh, mean_CRW, var_CRW, cond_RW in zip(*blocks, strict=True):
         seen_h = up_Rh.any(0)  # the rows of features that this block of R rows of pixels touches
         up_Rh = up_Rh[:, seen_h].to(feature_Dhw)
         seen_Dhw = feature_Dhw[:, seen_h.to(feature_Dhw.device)]
@@ -354,8 +356,9 @@ def _image_moments(
             square.addcmul_(prob, prob)
             conds += cond
         shift /= T  # CHOICE 3: by T, not T - 1
-        blocks.append((first + shift, (square / T - shift * shift).clamp_(min=0), conds / T))
-    return tuple(torch.cat(parts, -2) for parts in zip(*blocks, strict=True))
+        mean_CRW[:] = first + shift
+        var_CRW[:] = (square / T - shift * shift).clamp_(min=0)
+        cond_RW[:] = conds / T
 
 
 # ---- 4. Labels: which pixels of which image are labelled, and the CSV that records a round -------
@@ -687,6 +690,34 @@ def fetch_from(url: str, digest: str, root: Path, goal: Path) -> None:
         raise InputError(str(reason)) from error
 
 
+def open_dataset(name: str, root: Path, size: tuple[int, int], seed: int = 0,
+                 asking: bool = False) -> "tuple[list[str], Frames, Frames]":  # fmt: skip
+    """Names of the classes, training and test frames of the dataset whose own folder is `root`.
+
+    `asking`: the training labels are a person's to give, and without test labels nothing is tested.
+    """
+    row, listed = DATASETS[name], root / DATASETS[name].listed
+    if not row.classes and not listed.is_file():
+        raise InputError(f"{listed} is missing: expected the name of a class on each line")
+    lines = row.classes or listed.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Where a line has columns, the name is the last, and a comma parts it from its synonyms.
+    classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+    classes = [c for c in classes if c][-len(row.raw) :]
+    if not 2 <= len(classes) <= 254 or len({*classes, "void"}) <= len(classes):
+        raise InputError(f"{listed}: {', '.join(classes)}: expected 2 to 254 different names, "
+                         "none of them void")  # fmt: skip
+    lookup = np.full(256, -1, np.int16)
+    lookup[list(row.void)] = IGNORE
+    lookup[list(row.raw)[: len(classes)]] = range(len(classes))
+    if name == "folder":
+        lookup[len(classes)] = IGNORE  # as in CamVid, the index after the last class is void
+    images, labels, *_ = row.splits["test"]
+    tested = not asking or images == "scenes" or (root / labels).is_dir()
+    train = list_frames(row, root, "train", seed, not asking)
+    test = list_frames(row, root, "test", seed, True) if tested else []
+    return classes, Frames(train, lookup, size), Frames(test, lookup, size)
+
+
 def list_frames(row: Dataset, root: Path, split: str, seed: int, labelled: bool) -> list[tuple]:
     """(name, image, label) of each frame: paths, or the keys of a scene; None where no label is."""
     images, labels, *names = row.splits[split]
@@ -749,8 +780,8 @@ class Frames(torch.utils.data.Dataset):
             return Image.new("L", size)
         raw = read_image(path)
         if raw.size != size or raw.mode not in ("L", "P"):
-            raise InputError(f"{path}: {raw.width} x {raw.height}, mode {raw.mode}: expected an "
-                             f"index per pixel of its {size[0]} x {size[1]} image, L or P")  # fmt: skip
+            raise InputError(f"{path}: {raw.width} x {raw.height}, mode {raw.mode}: expected "
+                             f"indices for its {size[0]} x {size[1]} image, L or P")  # fmt: skip
         raw_HW = np.asarray(raw)
         class_HW = self.lookup[raw_HW]
         if class_HW.min() < 0:
@@ -945,34 +976,15 @@ class Experiment:
         if RANK == 0 and row.folder and not root.is_dir():
             fetch(row, Path(config.root))
         gather(None)
-        listed = root / row.listed
-        if not row.classes and not listed.is_file():
-            raise InputError(f"{listed} is missing: expected the name of a class on each line")
-        lines = row.classes or listed.read_text(encoding="utf-8").splitlines()
-        # Where a line has columns, the name is the last, and a comma parts it from its synonyms.
-        names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
-        self.classes = [name for name in names if name][-len(row.raw) :]
-        C = len(self.classes)
-        if not 2 <= C <= 254 or len(set(self.classes)) < C:
-            raise InputError(f"{listed}: {C} classes, {len(set(self.classes))} different names: "
-                             "expected 2 to 254, all different")  # fmt: skip
-        lookup = np.full(256, -1, np.int16)
-        lookup[list(row.void)] = IGNORE
-        lookup[list(row.raw)[:C]] = range(C)
-        if config.dataset == "folder":
-            lookup[C] = IGNORE  # as in CamVid, the index after the last class is void
-        human, test = config.oracle == "human", row.splits["test"]
-        tested = not human or test[0] == "scenes" or (root / test[1]).is_dir()
-        frames = list_frames(row, root, "train", config.seed, not human)
-        self.train = Frames(frames, lookup, config.size)
-        frames = list_frames(row, root, "test", config.seed, True) if tested else []
-        self.test = Frames(frames, lookup, config.size)
+        asking = config.oracle == "human"
+        opened = open_dataset(config.dataset, root, config.size, config.seed, asking)
+        self.classes, self.train, self.test = opened
         if RANK == 0:
             found = len(self.train), len(self.test)
             whole = f" (the benchmark: {row.images[0]} and {row.images[1]})" if row.images else ""
             print(f"{config.name}: {found[0]} training and {found[1]} test images"
-                  f"{whole if row.images != found else ''}, {C} classes, {config.arch} on "
-                  f"{self.device}", flush=True)  # fmt: skip
+                  f"{whole if row.images != found else ''}, {len(self.classes)} classes, "
+                  f"{config.arch} on {self.device}", flush=True)  # fmt: skip
             self.warn_if_slow()
         for part in (self.train, self.test):
             part.hold(self.device, config.workers)

@@ -520,11 +520,8 @@ def camvid_tree(
     return root
 
 
-def frames_of(root, name="camvid", split="train", size=(40, 56)):
-    row = bs.DATASETS[name]
-    lookup = np.full(256, -1)
-    lookup[list(row.raw)[:11]], lookup[list(row.void)] = range(11), bs.IGNORE
-    return bs.Frames(bs.list_frames(row, root, split, 0, True), lookup, size)
+def frames_of(root, size=(40, 56)):
+    return bs.open_dataset("camvid", root, size)[1]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
