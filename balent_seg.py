@@ -761,15 +761,15 @@ class Frames(torch.utils.data.Dataset):
         if isinstance(path, tuple):
             image, label = synthetic_scene(self.size, *path)
         else:
-            image = read_image(path).convert("RGB")
+            image = self.picture(i)
             label = self.read_label(label_path, image.size)
-        (H, W), (h, w) = self.size, self.fit(image)
+        (H, W), (h, w) = self.size, self.working_size(image)
         image_HW3, label_HW = np.full((H, W, 3), 114, np.uint8), np.full((H, W), IGNORE, np.uint8)
         image_HW3[:h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
         label_HW[:h, :w] = label.resize((w, h), Image.Resampling.NEAREST)
         return i, torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(label_HW)
 
-    def fit(self, image: Image.Image) -> tuple[int, int]:
+    def working_size(self, image: Image.Image) -> tuple[int, int]:
         """Height and width of an image at the working size: scaled down to fit, never up."""
         scale = min(1, self.size[0] / image.height, self.size[1] / image.width)
         return max(1, round(image.height * scale)), max(1, round(image.width * scale))
@@ -792,14 +792,16 @@ class Frames(torch.utils.data.Dataset):
     def picture(self, i: int) -> Image.Image:
         """Image i at its own resolution, for people."""
         path = self.frames[i][1]
-        return synthetic_scene(self.size, *path)[0] if isinstance(path, tuple) else read_image(path)
+        scene = isinstance(path, tuple)
+        return synthetic_scene(self.size, *path)[0] if scene else read_image(path).convert("RGB")
 
     def hold(self, device: torch.device, workers: int, budget: float = 4e9) -> None:
         """Decode all frames once and keep them if they fit, on the device if that has room."""
         need = 4 * len(self) * self.size[0] * self.size[1]
         if need <= budget:
             room = device.type == "cuda" and 4 * need < torch.cuda.mem_get_info(device)[0]
-            parts = zip(*batches(self, torch.arange(len(self)), 16, workers), strict=True)
+            decoded = batches(self, torch.arange(len(self)), 16, workers)
+            parts = zip(*progress(decoded, math.ceil(len(self) / 16), "read"), strict=True)
             self.held = [torch.cat(part).to(device if room else "cpu") for part in parts][1:]
 
 
@@ -1094,7 +1096,8 @@ class Experiment:
             path.parent.mkdir(exist_ok=True)
             if config.oracle == "human":
                 picks = {i: points_N3[:, :2] for i, points_N3 in picks.items()}
-                for i, yx_N2 in progress(sorted(picks.items()), len(picks), f"round {r}: draw"):
+                asked = [(i, yx_N2) for i, yx_N2 in sorted(picks.items()) if len(yx_N2)]
+                for i, yx_N2 in progress(asked, len(asked), f"round {r}: draw"):
                     self.draw_question(i, yx_N2, path.parent / "pictures")
                 write_labels(path.with_name("asked.csv"), self.train.names, picks)
             write_labels(path, self.train.names, picks)
@@ -1156,9 +1159,8 @@ class Experiment:
         classes = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
         pixels = sum(int((labelled != IGNORE).sum()) for labelled in classes)
         iou_C, accuracy = iou_per_class(confusion_CC), confusion_CC.trace() / confusion_CC.sum()
-        scores = (
-            None if math.isnan(x) else x for x in map(float, (iou_C.nanmean(), accuracy, *iou_C))
-        )
+        scores = torch.stack([iou_C.nanmean(), accuracy.double(), *iou_C]).tolist()
+        scores = (None if math.isnan(x) else x for x in scores)  # of what does not occur
         return {"pixels": pixels, "pixels_per_image": pixels / len(self.train),
                 "mIoU": next(scores), "pixel_accuracy": next(scores),
                 "IoU": dict(zip(self.classes, scores, strict=True))}  # fmt: skip
@@ -1180,7 +1182,7 @@ class Experiment:
         figure = matplotlib.figure.Figure(size, layout="constrained")
         for k, row in enumerate(figure.subplots(rows, len(titles), squeeze=False)):
             i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // max(1, rows - 1)]
-            h, w = self.train.fit(self.train.picture(i))
+            h, w = self.train.working_size(self.train.picture(i))
             x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
             setting = config.acquisition, config.mc_samples, config.seed, r + 1
             score_HW = score_image(model, *setting, x_3HW, i).cpu()
@@ -1209,7 +1211,7 @@ class Experiment:
     def draw_question(self, i: int, yx_N2: Tensor, folder: Path) -> None:
         """A picture of image i to label pixels from: numbered as in labels.csv, and magnified."""
         image, name = self.train.picture(i), self.train.names[i]
-        h, w = self.train.fit(image)
+        h, w = self.train.working_size(image)
         image.thumbnail((2000, 2000))
         place = {"extent": (-0.5, w - 0.5, h - 0.5, -0.5)}  # of the working size, as y and x are
         rows, tall = math.ceil(len(yx_N2) / 5), min(14, 10 * h / w)
@@ -1228,10 +1230,8 @@ class Experiment:
             axes.imshow(image, **place)
             axes.set(xlim=(x - 12.5, x + 12.5), ylim=(y + 12.5, y - 12.5))
             axes.set_title(f"{number}: y {y}, x {x}", fontsize=10)
-            pixel = matplotlib.patches.Rectangle(
-                (x - 0.5, y - 0.5), 1, 1, fill=False, color="white"
-            )
-            axes.add_patch(pixel).set_path_effects(edge)
+            box = matplotlib.patches.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="white")
+            axes.add_patch(box).set_path_effects(edge)
         self.draw_legend(figure, {k: f"{k} {name}" for k, name in enumerate(self.classes)})
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1241,9 +1241,8 @@ class Experiment:
     def draw_legend(self, figure: "matplotlib.figure.Figure", names: dict[int, str]) -> None:
         """The colours of classes, and of void, below a figure."""
         colours, names = palette(self.config.dataset) / 255, names | {IGNORE: "void"}
-        patches = [
-            matplotlib.patches.Patch(color=colours[k], label=name) for k, name in names.items()
-        ]
+        patch = matplotlib.patches.Patch
+        patches = [patch(color=colours[k], label=name) for k, name in names.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
 
 
