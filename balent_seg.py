@@ -102,7 +102,8 @@ def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor,
     e = uu * (1 / 12 - uu * (1 / 120 - uu * (1 / 252 - uu / 240)))
     total, product = j / x, x * u
     for k in range(1, 4):
-        total, product = total + (j + k) / (x + k), product * ((x + k) * u)
+        x_k = x + k
+        total, product = total + (j + k) / x_k, product * (x_k * u)
     return y, product, d + (x - j) * (u / 2 + e) - total
 
 
@@ -339,11 +340,11 @@ def _image_moments(feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor,
         seen_Dhw = feature_Dhw[:, seen_h.to(feature_Dhw.device)]
         logits_TChw = torch.einsum("tcd,dhw->tchw", weight_TCD, seen_Dhw) + bias_C[:, None, None]
         for t, logits_Chw in enumerate(logits_TChw):
-            logits = (up_Rh @ logits_Chw) @ up_wW  # (C, R, W), as all that follows
+            logits = up_Rh @ (logits_Chw @ up_wW)  # (C, R, W), as all that follows
             logits -= logits.amax(0)
             prob = logits.exp()  # CHOICE 6: the softmax is taken at full resolution
             norm = prob.sum(0)
-            prob /= norm
+            prob *= 1 / norm
             cond = norm.log_().sub_(logits.mul_(prob).sum(0))  # H(P) = ln norm - sum_i P_i logit_i
             if t == 0:
                 # Moments about the first draw: v >= (m - first)^2 / T, so the subtraction below
