@@ -11,6 +11,7 @@ import hashlib
 import http.server
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ import scipy.integrate
 import scipy.special
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 import balent_seg as bs
@@ -1142,20 +1144,103 @@ def timed(f, repeats: int = 3) -> float:
     return 1000 * best
 
 
+def network(device, C: int) -> bs.MCDropoutFCN:
+    model = bs.MCDropoutFCN(C, "fcn_resnet50", weights="none")
+    model.mixed = device.type == "cuda"
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def whole_passes(model, x, T: int) -> bs.Moments:
+    """What public code does: T passes of the whole network, all draws kept."""
+    model.eval().dropout.train()
+    prob = torch.stack([model(x).softmax(1) for _ in range(T)])
+    return bs.Moments(prob.mean(0), prob.var(0, correction=0), bs._entropy(prob, 2).mean(0))
+
+
 @torch.no_grad()
 def benchmark_scoring(device, H: int, W: int, C: int, B: int, T: int = 50) -> None:
-    model = bs.MCDropoutFCN(C, "fcn_resnet50", weights="none").eval()
-    model, x = (
-        model.to(device, memory_format=torch.channels_last),
-        torch.rand(B, 3, H, W).to(device),
-    )
+    model, x = network(device, C).eval(), torch.rand(B, 3, H, W, device=device)
     model.classify.weight /= model(x[:1]).std() / 3  # logits as a trained network has them
     forward = timed(lambda: model(x))
     moments = timed(lambda: model.mc_moments(x, T))
     result = model.mc_moments(x, T)
     balent = timed(lambda: bs.ACQUISITIONS["balent"](result))
-    print(f"{B} x {H} x {W} x {C}: forward 1, + draws {moments / forward:.2f}, + BalEnt "
-          f"{(moments + balent) / forward:.2f}; {T} whole passes would be {T}")  # fmt: skip
+    naive = timed(lambda: whole_passes(model, x, 2), 1) / 2 * T
+    exact = f", forward pass {forward / B:.2f} ms an image" if device.type == "cuda" else ""
+    print(f"{B} x {H} x {W} x {C}: with {T} draws {moments / forward:.2f} forward passes, with "
+          f"BalEnt {(moments + balent) / forward:.2f} (BalEnt {balent / forward:.1%}); by whole "
+          f"passes {naive / forward:.0f}{exact}")  # fmt: skip
+
+
+def training(device, ours: bool, H: int, W: int, C: int, B: int, N: int = 20):
+    """A step of `train` at N points an image, or of a bare torchvision loop on dense labels."""
+    image = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8)
+    points = torch.stack([torch.randint(n, (B, N)) for n in (H, W, C)], -1)
+    model, generator = network(device, C), torch.Generator()
+    optimizer = bs.make_optimizer(model, 1e-3, False)
+    if ours:
+        batch = [(image.to(device), points.to(device))]
+        return lambda: bs.train(model, batch, 1, optimizer, generator)
+    label = torch.full((B, H, W), bs.IGNORE)
+    label[torch.arange(B)[:, None], points[..., 0], points[..., 1]] = points[..., 2]
+    fcn = torchvision.models.segmentation.fcn_resnet50(weights_backbone=None, num_classes=C)
+    fcn = fcn.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(fcn.parameters(), 1e-3)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = fcn(model.normalise(image.to(device).float() / 255))["out"]
+        loss = F.cross_entropy(logits.float(), label.to(device), ignore_index=bs.IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def benchmark_training(device, H: int, W: int, C: int, B: int) -> None:
+    ours, bare = (timed(training(device, ours, H, W, C, B), 2) for ours in (True, False))
+    print(f"training step, {B} x {H} x {W} x {C}: {bare / ours:.2f} times as fast as a bare loop")
+
+
+def peak(task: str, H: int, W: int, C: int, B: int) -> float:
+    """MiB that a task takes at its peak beyond its network; on a CPU, in a process of its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda, model = device.type == "cuda", network(device, C)
+    x, T = torch.rand(B, 3, H, W, device=device), int(task.split()[0]) if task[0].isdigit() else 0
+    train = training(device, "points" in task, H, W, C, B) if "training" in task else None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+    def used() -> float:
+        if cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+    before = used()
+    if train:
+        train()
+    else:
+        with torch.no_grad():
+            if "kept" in task:
+                whole_passes(model, x, T)
+            elif T:
+                bs.ACQUISITIONS["balent"](model.mc_moments(x, T))
+            else:
+                model.eval()(x)
+    return used() - before
+
+
+def benchmark_memory(H: int, W: int, C: int) -> None:
+    tasks = {"forward pass": 1, "10 draws and BalEnt": 1, "50 draws and BalEnt": 1}
+    tasks |= {"10 draws kept": 1, "training, points": 2, "training, dense": 2}
+    unit = 4 * C * H * W / 2**20
+    print(f"peak memory at {H} x {W} x {C}, in class maps of {unit:.0f} MiB:", end=" ")
+    for task, B in tasks.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(peak, (task, H, W, C, B)) / unit / B
+        print(f"{task} {found:.1f}", end="; " if task != "training, dense" else " an image\n")
 
 
 def benchmark_loss(device, H: int, W: int, C: int, N: int = 20) -> None:
@@ -1178,10 +1263,14 @@ def benchmark() -> None:
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"{kind}, torch {torch.__version__}")
     benchmark_accuracy()
-    for shape in ((360, 480, 11), (256, 512, 19)):
+    rows = (bs.DATASETS[name] for name in ("camvid", "cityscapes", "voc2012", "ade20k"))
+    shapes = [(*row.size, len(row.raw)) for row in rows]
+    for shape in shapes:
         benchmark_scoring(device, *shape, 8 if device.type == "cuda" else 1)
-    for shape in ((360, 480, 11), (512, 512, 150)):
+    for shape in (shapes[0], shapes[-1]):
         benchmark_loss(device, *shape)
+        benchmark_training(device, *shape, 8 if device.type == "cuda" else 2)
+        benchmark_memory(*shape)
 
 
 if __name__ == "__main__":
