@@ -66,7 +66,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, tqdm
 
@@ -394,20 +394,25 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str], size: 
     order, and no others; a label that is empty still is read as -1.
     """
     number, points, due = {name: i for i, name in enumerate(names)}, [[] for _ in names], None
-    meaning = {"void": IGNORE, "255": IGNORE} | {c: k for k, c in enumerate(classes)}
+    meaning = {"void": IGNORE, "255": IGNORE} | {c.casefold(): k for k, c in enumerate(classes)}
     meaning |= {str(k): k for k in range(len(classes))} | ({"": -1} if asked else {})
     if asked:
+        if not asked.is_file():
+            raise InputError(f"{asked} is missing: put it back, or delete labels.csv to start over")
         with open(asked, newline="", encoding="utf-8") as file:
             due = {tuple(row[:3]) for row in csv.reader(file)} - {("image", "y", "x")}
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        for line, row in enumerate(csv.reader(file), 1):
-            if row == ["image", "y", "x", "label"] or not any(row):
+        delimiter = max(",;\t", key=file.readline().count)  # spreadsheets choose by country
+        file.seek(0)
+        for line, row in enumerate(csv.reader(file, delimiter=delimiter), 1):
+            pixel, label = row[:3], "".join(row[3:]).strip()
+            if pixel == ["image", "y", "x"] or not any(row):
                 continue
-            here, pixel, label = f"{path}:{line}: {','.join(row)}", row[:3], row[-1].strip()
+            here = f"{path}:{line}: {' '.join(','.join(row).split())[:80]}"
             inside = (v.isdecimal() and int(v) < n for v, n in zip(pixel[1:], size))
-            if len(row) != 4 or row[0] not in number or not all(inside):
+            if len(row) < 4 or row[0] not in number or not all(inside):
                 raise InputError(f"{here}: expected image,y,x,label of a pixel of the data")
-            if label not in meaning:
+            if label.casefold() not in meaning:
                 raise InputError(f"{here}: expected a label of {', '.join(classes)}, the number "
                                  f"of one, 0 to {len(classes) - 1}, or void")  # fmt: skip
             if due is not None and tuple(pixel) not in due:
@@ -415,7 +420,7 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str], size: 
                                  f"{asked.name} beside it has them as they were")  # fmt: skip
             if due:
                 due.remove(tuple(pixel))
-            points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[label]))
+            points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[label.casefold()]))
     if due:
         raise InputError(f"{path}: {len(due)} of the rows that were asked for are missing, such as "
                          f"{','.join(min(due))}; {asked.name} beside it has them")  # fmt: skip
@@ -641,8 +646,8 @@ DATASETS: dict[str, Dataset] = {
          for split, name in (("train", "train"), ("test", "val"))},
         ["background", *VOC[1:]], range(21), suffixes=((".jpg",), ".png"), images=(1464, 1449),
         urls=[f"{host}/VOCtrainval_11-May-2012.tar" for host in (
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",  # refuses since November 2025
-            "http://d2l-data.s3-accelerate.amazonaws.com", "https://dataset.bj.bcebos.com/voc")],
+            "http://d2l-data.s3-accelerate.amazonaws.com", "https://dataset.bj.bcebos.com/voc",
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012")],  # its own, refuses since 2025
         digest="md5:6cd6e144f989b92b3379bac3b3de84fd"),
     "ade20k": Dataset(
         (512, 512), "ADEChallengeData2016",
@@ -672,20 +677,22 @@ def fetch(row: Dataset, root: Path) -> None:
 def fetch_from(url: str, digest: str, root: Path, goal: Path) -> None:
     """Move the folder `goal` out of the archive at `url`, whose digest is "algorithm:hex"."""
     try:
-        goal.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
             archive, unpacked = Path(temporary, Path(url).name), Path(temporary, "unpacked")
             download_url_to_file(url, str(archive))
             algorithm, _, expected = (digest or "md5:").partition(":")
-            found = hashlib.new(algorithm)
+            hashed = hashlib.new(algorithm)
             with open(archive, "rb") as file:
                 for chunk in iter(partial(file.read, 1 << 20), b""):
-                    found.update(chunk)
-            if expected and found.hexdigest() != expected:
-                raise ValueError(f"its {algorithm} is {found.hexdigest()}, expected {expected}")
+                    hashed.update(chunk)
+            if expected and hashed.hexdigest() != expected:
+                raise ValueError(f"its {algorithm} is {hashed.hexdigest()}, expected {expected}")
             safely = {"filter": "data"} if archive.suffix == ".tar" else {}  # zips always are
             shutil.unpack_archive(archive, unpacked, **safely)
-            os.replace(next(unpacked.rglob(f"{goal.relative_to(root).as_posix()}/")), goal)
+            found = next(unpacked.rglob(f"{goal.relative_to(root).as_posix()}/"))
+            goal.parent.mkdir(exist_ok=True)
+            os.replace(found, goal)
     except Exception as error:  # urllib, zipfile, tarfile and others raise of many kinds
         reason = "no such folder in it" if isinstance(error, StopIteration) else error
         raise InputError(str(reason)) from error
@@ -700,13 +707,14 @@ def open_dataset(name: str, root: Path, size: tuple[int, int], seed: int = 0,
     row, listed = DATASETS[name], root / DATASETS[name].listed
     if not row.classes and not listed.is_file():
         raise InputError(f"{listed} is missing: expected the name of a class on each line")
-    lines = row.classes or listed.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = row.classes or listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     # Where a line has columns, the name is the last, and a comma parts it from its synonyms.
     classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
     classes = [c for c in classes if c][-len(row.raw) :]
-    if not 2 <= len(classes) <= 254 or len({*classes, "void"}) <= len(classes):
-        raise InputError(f"{listed}: {', '.join(classes)}: expected 2 to 254 different names, "
-                         "none of them void")  # fmt: skip
+    different = {c.casefold() for c in classes if not c.isdecimal()} - {"void"}
+    if not 2 <= len(classes) <= 254 or len(different) < len(classes):
+        raise InputError(f"{listed}: {', '.join(classes)}: expected 2 to 254 different names, none "
+                         "of them void or a number")  # fmt: skip
     lookup = np.full(256, -1, np.int16)
     lookup[list(row.void)] = IGNORE
     lookup[list(row.raw)[: len(classes)]] = range(len(classes))
@@ -729,7 +737,8 @@ def list_frames(row: Dataset, root: Path, split: str, seed: int, labelled: bool)
         names = (root / names[0]).read_text().split()
         found = [(name, root / images / f"{name}{suffixes[0]}") for name in names]
     else:
-        paths = ((p.relative_to(root / images).as_posix(), p) for p in (root / images).rglob("*"))
+        paths = (root / images).rglob("[!.]*")
+        paths = ((path.relative_to(root / images).as_posix(), path) for path in paths)
         found = sorted((name[: -len(suffix)], path) for name, path in paths for suffix in suffixes
                        if name.lower().endswith(suffix.lower()))  # fmt: skip
     if not found:
@@ -740,7 +749,8 @@ def list_frames(row: Dataset, root: Path, split: str, seed: int, labelled: bool)
               for name, path in found]  # fmt: skip
     files = [path for frame in frames for path in frame[1:] if path]
     if missing := [str(path) for path in files if not path.is_file()]:
-        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files are)")
+        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files are); for "
+                         "training images without labels there is --oracle human")  # fmt: skip
     return frames
 
 
@@ -792,9 +802,14 @@ class Frames(torch.utils.data.Dataset):
 
     def picture(self, i: int) -> Image.Image:
         """Image i at its own resolution, for people."""
-        path = self.frames[i][1]
-        scene = isinstance(path, tuple)
-        return synthetic_scene(self.size, *path)[0] if scene else read_image(path).convert("RGB")
+        _, path, label_path = self.frames[i]
+        if isinstance(path, tuple):
+            return synthetic_scene(self.size, *path)[0]
+        image = read_image(path)
+        if image.mode[0] in "IF":
+            raise InputError(f"{path}: mode {image.mode}, expected 8 bits a channel")
+        # A label image has the pixels as stored; a person wants a photograph upright.
+        return (image if label_path else ImageOps.exif_transpose(image)).convert("RGB")
 
     def hold(self, device: torch.device, workers: int, budget: float = 4e9) -> None:
         """Decode all frames once and keep them if they fit, on the device if that has room."""
@@ -823,7 +838,7 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError) as error:  # SyntaxError: some broken PNGs
+    except Exception as error:  # of many kinds: broken PNGs, for one, are a SyntaxError
         raise InputError(f"{path}: not a readable image ({error})") from error
 
 
@@ -999,14 +1014,19 @@ class Experiment:
     def open_folder(self) -> None:
         """Record the settings in the run's folder; refuse one that was run with others."""
         path, settings = self.folder / "config.json", json.loads(json.dumps(asdict(self.config)))
+        settings["classes"] = self.classes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.config.out}: no folder can be made ({error})") from error
         old = json.loads(path.read_text())["settings"] if path.exists() else settings
         free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
-        if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
-            if any((self.folder / kept).exists() for kept in ("model.pt", "round-00/asked.csv")):
+        differ = [k for k in settings if k not in free and old.get(k) != settings[k]]
+        known = old.get("classes", [])
+        if settings["oracle"] == "human" and self.classes[: len(known)] == known:
+            differ = [k for k in differ if k != "classes"]  # a person may think of more
+        if differ:
+            if (self.folder / "model.pt").exists() or old["oracle"] == "human":
                 what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
                 raise InputError(f"{self.folder} has other settings ({what}): use another --out")
             shutil.rmtree(self.folder / "round-00", ignore_errors=True)  # nothing was learned yet
@@ -1041,7 +1061,7 @@ class Experiment:
         config, path, clock = self.config, self.folder / "model.pt", time.time()
         model = self.build()
         state = torch.load(path, self.device, weights_only=True) if path.exists() else {}
-        if state.get("round") == r:
+        if state.get("round") == r and len(state["weights"]["classify.bias"]) == len(self.classes):
             model.load_state_dict(state["weights"])
             return model, state["loss"], state["seconds"]
         per_epoch = math.ceil(len(self.train) / config.batch_size)
@@ -1077,7 +1097,7 @@ class Experiment:
 
     def share(self, frames: Frames, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This process's share of the frames, one by one, on the device; no frame goes twice."""
-        order = torch.arange(RANK, len(frames), WORLD)
+        order = torch.arange(len(frames))[RANK::WORLD]
         found = batches(frames, order, 1, self.config.workers)
         for index_B, image_B3HW, label_BHW in progress(found, len(order), what):
             yield index_B, image_B3HW.to(self.device), label_BHW.to(self.device)
@@ -1089,17 +1109,17 @@ class Experiment:
         score = partial(score_image, model, *setting)
         frames = self.share(self.train, f"round {r}: score")
         top = config.top if model else 0.0  # round 0 is the same for all
-        parts = gather(acquire(score, frames, points, config.pixels, top, config.seed))
-        picks = {i: points_N3 for part in parts for i, points_N3 in part.items()}
+        picks = acquire(score, frames, points, config.pixels, top, config.seed)
+        if config.oracle == "human":
+            picks = {i: points_N3[:, :2] for i, points_N3 in picks.items() if len(points_N3)}
+            for i, yx_N2 in progress(picks.items(), len(picks), f"round {r}: draw"):
+                self.draw_question(i, yx_N2, path.parent / "pictures")
+        picks = {i: picked for part in gather(picks) for i, picked in part.items()}
         if r == 0 and not any(map(len, picks.values())):
             raise InputError("every pixel of the training images is void: nothing to label")
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
             if config.oracle == "human":
-                picks = {i: points_N3[:, :2] for i, points_N3 in picks.items()}
-                asked = [(i, yx_N2) for i, yx_N2 in sorted(picks.items()) if len(yx_N2)]
-                for i, yx_N2 in progress(asked, len(asked), f"round {r}: draw"):
-                    self.draw_question(i, yx_N2, path.parent / "pictures")
                 write_labels(path.with_name("asked.csv"), self.train.names, picks)
             write_labels(path, self.train.names, picks)
         gather(None)
@@ -1143,7 +1163,9 @@ class Experiment:
             history.append(json.loads((here / "metrics.json").read_text()))
             if RANK == 0:
                 scalars = [k for k, v in history[0].items() if not isinstance(v, dict)]
-                rows = [[*(h[k] for k in scalars), *h["IoU"].values()] for h in history]
+                rows = [
+                    [*(h[k] for k in scalars), *map(h["IoU"].get, self.classes)] for h in history
+                ]
                 header = *scalars, *(f"IoU {name}" for name in self.classes)
                 write_csv(self.folder / "metrics.csv", [header, *rows])
         return history
@@ -1176,10 +1198,10 @@ class Experiment:
         config, classes = self.config, set()
         colours = matplotlib.colors.ListedColormap(palette(config.dataset) / 255)
         painted = {"cmap": colours, "vmin": 0, "vmax": IGNORE}
-        titles = ["image", "truth", "prediction", f"{config.acquisition} score", "picks"]
-        titles = [x for x in titles if not (x == "truth" and config.oracle == "human")]
+        titles = ["image", *["truth"] * (config.oracle == "truth"), "prediction"]
+        titles += [f"{config.acquisition} score", "picks"]
         rows, (H, W) = min(3, len(self.train)), config.size
-        size = 3 * len(titles) + 0.5, 2.9 * rows * H / W + 0.7
+        size = 3 * len(titles) + 0.5, 2.9 * rows * H / W + 0.3
         figure = matplotlib.figure.Figure(size, layout="constrained")
         for k, row in enumerate(figure.subplots(rows, len(titles), squeeze=False)):
             i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // max(1, rows - 1)]
@@ -1216,13 +1238,13 @@ class Experiment:
         image.thumbnail((2000, 2000))
         place = {"extent": (-0.5, w - 0.5, h - 0.5, -0.5)}  # of the working size, as y and x are
         rows, tall = math.ceil(len(yx_N2) / 5), min(14, 10 * h / w)
-        figure = matplotlib.figure.Figure((10, tall + 2.2 * rows + 1), layout="constrained")
+        figure = matplotlib.figure.Figure((10, tall + 2.2 * rows + 0.5), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=(tall, 2.2 * rows))
         whole, close = top.subplots(), bottom.subplots(rows, 5, squeeze=False).ravel()
         for axes in (whole, *close):
             axes.set_axis_off()
         whole.imshow(image, **place)
-        top.suptitle(name)
+        top.suptitle(name.replace("$", r"\$"))
         edge = [matplotlib.patheffects.withStroke(linewidth=3, foreground="black")]
         for number, ((y, x), axes) in enumerate(zip(yx_N2.tolist(), close), 1):
             whole.plot(x, y, "o", ms=11, mfc="none", mec="white", path_effects=edge)
@@ -1242,9 +1264,14 @@ class Experiment:
     def draw_legend(self, figure: "matplotlib.figure.Figure", names: dict[int, str]) -> None:
         """The colours of classes, and of void, below a figure."""
         colours, names = palette(self.config.dataset) / 255, names | {IGNORE: "void"}
+        width, height = figure.get_size_inches()
+        columns = max(1, min(10, int(10 * width / (max(map(len, names.values())) + 8))))
+        figure.set_size_inches(width, height + 0.21 * math.ceil(len(names) / columns))
         patch = matplotlib.patches.Patch
-        patches = [patch(color=colours[k], label=name) for k, name in names.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
+        patches = [
+            patch(color=colours[k], label=name.replace("$", r"\$")) for k, name in names.items()
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def run(config: Config) -> list[dict]:
@@ -1386,13 +1413,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = parse(argv)
         histories = [run(config) for config in configs]
-        if RANK == 0 and all(histories):
+        if RANK == 0 and all(h and h[0]["mIoU"] is not None for h in histories):
             configs = [complete(config) for config in configs]
             print(table(configs, histories))
             if matplotlib:
                 draw_curves(configs[0])
         return 0
-    except (InputError, OSError) as error:  # one from a worker comes wrapped in its traceback
+    except (
+        InputError,
+        OSError,
+        csv.Error,
+    ) as error:  # one from a worker comes wrapped in its traceback
         print(f"balent_seg: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
