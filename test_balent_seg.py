@@ -2,6 +2,7 @@
 
 python -m pytest -q test_balent_seg.py        the tests, in minutes on a CPU
 python test_balent_seg.py                     the benchmark
+python test_balent_seg.py runs/...-seed0 ...  what these runs picked, and what the picks depend on
 """
 
 import csv
@@ -28,6 +29,7 @@ import mpmath  # comes with torch, by way of sympy
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.ndimage
 import scipy.special
 import torch
 import torch.nn.functional as F
@@ -1309,5 +1311,126 @@ def benchmark() -> None:
         benchmark_memory(*shape)
 
 
+def element_wise_moments(model, x_B3HW, samples: int, seed: int) -> bs.Moments:
+    """Like mc_moments, with a mask of its own at each position of the feature map (CHOICE 5)."""
+    generator, p = torch.Generator().manual_seed(seed), model.dropout.p
+    feature_BDhw, probs = model.eval().features(x_B3HW), []
+    for _ in range(samples):
+        keep = (torch.rand(feature_BDhw.shape, generator=generator) >= p) / (1 - p)
+        logits_BChw = model.classify(feature_BDhw * keep.to(feature_BDhw))
+        probs.append(bs._upsample(logits_BChw, x_B3HW.shape[-2:]).softmax(1))
+    prob = torch.stack(probs)
+    return bs.Moments(prob.mean(0), prob.var(0, correction=0), bs._entropy(prob, 2).mean(0))
+
+
+def entropy_twice(moments: bs.Moments) -> torch.Tensor:
+    """The score with H(m) twice in MJEnt, as public code had it (CHOICE 1)."""
+    H_BHW = bs._entropy(moments.mean_BCHW, 1)
+    wrong_BHW = bs.balanced_entropy(*moments[:2]) + H_BHW / (H_BHW + math.log(2))
+    return torch.where(wrong_BHW >= 0, 1 / wrong_BHW.clamp(min=1e-30), wrong_BHW)
+
+
+def open_run(folder: Path) -> tuple:
+    """The settings of a run, its classes and training frames, and its labels round by round."""
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    known = {f.name for f in dataclasses.fields(bs.Config)}
+    config = bs.complete(bs.Config(**{k: v for k, v in settings.items() if k in known}))
+    root = Path(config.root, bs.DATASETS[config.dataset].folder)
+    classes, train, _ = bs.open_dataset(config.dataset, root, config.size, config.seed)
+    files = sorted(folder.glob("round-*/labels.csv"))
+    return (
+        config,
+        classes,
+        train,
+        [bs.read_labels(file, train.names, classes, config.size) for file in files],
+    )
+
+
+def what_is_picked(classes, train, rounds) -> None:
+    """Classes of the picks after round 0, their distance to a boundary and to one another."""
+    count, to_boundary, apart = torch.zeros(len(classes)), [], []
+    for i, (_, _, label_HW) in enumerate(train):
+        up_down, left_right = label_HW.diff(dim=0) != 0, label_HW.diff(dim=1) != 0
+        edge_HW = torch.zeros(label_HW.shape, dtype=torch.bool)
+        edge_HW[1:] |= up_down
+        edge_HW[:-1] |= up_down
+        edge_HW[:, 1:] |= left_right
+        edge_HW[:, :-1] |= left_right
+        away_HW = torch.from_numpy(scipy.ndimage.distance_transform_edt(~edge_HW.numpy()))
+        for y, x, c in (points[i].T for points in rounds):
+            count += torch.bincount(c, minlength=len(classes))
+            to_boundary.append(away_HW[y, x])
+            yx = torch.stack([y, x], 1).double()
+            apart.append((torch.cdist(yx, yx) + 1e9 * torch.eye(len(yx))).amin(1))
+    to_boundary, apart = torch.cat(to_boundary), torch.cat(apart)
+    shares = ", ".join(f"{n} {x:.1%}" for n, x in zip(classes, (count / count.sum()).tolist()))
+    print(f"  picks after round 0: {shares}")
+    print(f"  within a pixel of a boundary {(to_boundary <= 1).float().mean():.1%}; median distance "
+          f"to the nearest pick of the image and round {apart.median():.1f} pixels")  # fmt: skip
+
+
+@torch.no_grad()
+def what_changes_the_picks(config, model, train, points, step: int = 6) -> None:
+    """BalEnt's next picks under other draws, masks and formulas, over every `step`-th image."""
+    others = {"50 other draws": (50, 2), "200 draws": (200, 1), "200 other draws": (200, 2)}
+    shared, scores, positive = {}, {}, {}
+    rates = (0.05, 0.1, 0.2, 0.3, 0.5)
+    for i in range(0, len(train), step):
+        _, image_3HW, label_HW = train[i]
+        x, free_HW = image_3HW[None].float() / 255, label_HW != bs.IGNORE
+        free_HW[points[i][:, 0], points[i][:, 1]] = False
+        moments = {name: model.mc_moments(x, *how) for name, how in others.items()}
+        ours = model.mc_moments(x, 50, 1)
+        moments["element-wise masks"] = element_wise_moments(model, x, 50, 1)
+        balent = bs.ACQUISITIONS["balent"]
+        found = {name: balent(m) for name, m in moments.items()} | {"H twice": entropy_twice(ours)}
+        found |= {name: f(ours) for name, f in bs.ACQUISITIONS.items() if name != "balent"}
+
+        def best(score_1HW, count, free_HW=free_HW):
+            return {*map(tuple, bs.pick_pixels(score_1HW[0], free_HW, count).tolist())}
+
+        five = int(free_HW.sum()) // 20
+        picks, top = (best(balent(ours), n) for n in (config.pixels, five))
+        for name, score in found.items():
+            pair = (
+                len(picks & best(score, config.pixels)) / len(picks),
+                len(top & best(score, five)),
+            )
+            shared.setdefault(name, []).append((pair[0], pair[1] / five))
+        at = torch.tensor(sorted(picks))
+        value_HW = bs.balanced_entropy(*ours[:2])[0]
+        scores.setdefault("picks", []).append(value_HW[at[:, 0], at[:, 1]].abs())
+        for p in rates:
+            model.dropout.p = p
+            for kind, m in (("shared", model.mc_moments(x, 50, 1)),
+                            ("element-wise", element_wise_moments(model, x, 50, 1))):  # fmt: skip
+                value = (bs.balanced_entropy(*m[:2])[0][free_HW] >= 0).float().mean()
+                positive.setdefault((kind, p), []).append(value)
+        model.dropout.p = config.dropout
+    print(f"  median |BalEnt| at its picks {torch.cat(scores['picks']).median():.1e}")
+    for name, pairs in shared.items():
+        picks, top = np.mean(pairs, 0)
+        print(f"  with {name}: {picks:.1%} of the picks and {top:.1%} of the best 5 % are the same")
+    for kind in ("shared", "element-wise"):
+        share = ", ".join(f"{np.mean(positive[kind, p]):.1%} at {p}" for p in rates)
+        print(f"  BalEnt >= 0, {kind} masks, by dropout rate: {share}")
+
+
+def study(folder: Path) -> None:
+    """What a run picked, and how its last network's next picks depend on the choices."""
+    config, classes, train, rounds = open_run(folder)
+    print(folder)
+    if len(rounds) > 1:
+        what_is_picked(classes, train, rounds[1:])
+    if config.acquisition == "balent" and not config.supervised:
+        weights = str(folder / "model.pt")
+        model = bs.MCDropoutFCN(len(classes), config.arch, config.dropout, weights)
+        points = [torch.cat(parts) for parts in zip(*rounds, strict=True)]
+        what_changes_the_picks(config, model, train, points)
+
+
 if __name__ == "__main__":
-    benchmark()
+    for run in sys.argv[1:]:
+        study(Path(run))
+    if not sys.argv[1:]:
+        benchmark()
