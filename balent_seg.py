@@ -907,6 +907,8 @@ def option(default, help: str, ok: Callable = lambda _: True, needs: str = "", *
 POSITIVE = {"type": int, "ok": lambda v: 0 < v < 2**31, "needs": "a whole number from 1"}
 NATURAL = {"type": int, "ok": lambda v: 0 <= v < 2**31, "needs": "a whole number from 0"}
 RATE = {"type": float, "ok": lambda v: 0 <= v < 1, "needs": "a number in [0, 1)"}
+# Of this process: the processes that torchrun starts on a machine share its cores.
+WORKERS = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}  # PixelPick's
 
 
@@ -935,7 +937,7 @@ class Config:
     batch_size: int = option(8, "images a step, over all processes", **POSITIVE)
     lr: float | None = option(None, "learning rate of AdamW [5e-4; synthetic 5e-3]", type=float,
                               ok=lambda v: 0 < v < math.inf, needs="a positive number")
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode images", **NATURAL)
+    workers: int = option(WORKERS, "processes that decode images", **NATURAL)
     amp: bool = option(True, "bfloat16 on GPUs that have it", action=argparse.BooleanOptionalAction)
     device: str = option("auto", "cuda, mps, cpu, or auto: the first of these that is there")
     oracle: str = option("truth", "who labels", choices=("truth", "human"))

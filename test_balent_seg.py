@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -986,10 +987,34 @@ def test_the_readmes_first_command_runs_where_only_the_file_is(tmp_path):
     assert (tmp_path / "runs/synthetic-balent-seed0/round-01/panel.png").exists()
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
 def torchrun(processes: int, *flags) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = shell(*command, f"--nproc_per_node={processes}", bs.__file__, *TINY_FLAGS, *flags)
+    done = shell(*TORCHRUN, f"--nproc_per_node={processes}", bs.__file__, *TINY_FLAGS, *flags)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_rerun_goes_on(tmp_path):
+    flags = [*TINY_FLAGS, *shlex.split("--rounds 2 --epochs 3 --device cpu --out"), str(tmp_path)]
+    command = [*TORCHRUN, "--nproc_per_node=2", bs.__file__, *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+    job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    labels = tmp_path / "synthetic-balent-seed0/round-00/labels.csv"
+    while not labels.exists() and job.poll() is None:
+        time.sleep(0.05)
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().split(b"\0")
+        except OSError:  # another's, or gone by now
+            continue
+        if b"RANK=1" in variables and f"MARK={tmp_path}".encode() in variables:
+            os.kill(int(path.parent.name), signal.SIGKILL)
+    error = job.communicate(timeout=100)[1]
+    assert job.returncode != 0 and "SIGKILL" in error, error
+    kept = labels.read_text()
+    torchrun(2, *flags)
+    assert labels.read_text() == kept and len(labels_of(labels.parents[1])) == 2
 
 
 def test_any_number_of_processes_gives_the_same_picks_and_the_same_confusion(tmp_path):
@@ -1365,8 +1390,9 @@ def what_is_picked(classes, train, rounds) -> None:
     to_boundary, apart = torch.cat(to_boundary), torch.cat(apart)
     shares = ", ".join(f"{n} {x:.1%}" for n, x in zip(classes, (count / count.sum()).tolist()))
     print(f"  picks after round 0: {shares}")
-    print(f"  within a pixel of a boundary {(to_boundary <= 1).float().mean():.1%}; median distance "
-          f"to the nearest pick of the image and round {apart.median():.1f} pixels")  # fmt: skip
+    near = (to_boundary <= 1).float().mean()
+    print(f"  within a pixel of a boundary {near:.1%}; median distance to the nearest pick of the "
+          f"image and round {apart.median():.1f} pixels")  # fmt: skip
 
 
 @torch.no_grad()
