@@ -100,11 +100,11 @@ def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor,
     uu = u * u
     d = u * (1 / 12 - uu * (1 / 360 - uu * (1 / 1260 - uu / 1680)))
     e = uu * (1 / 12 - uu * (1 / 120 - uu * (1 / 252 - uu / 240)))
-    total, product = j / x, x * u
+    fractions, product = j / x, x * u
     for k in range(1, 4):
         x_k = x + k
-        total, product = total + (j + k) / x_k, product * (x_k * u)
-    return y, product, d + (x - j) * (u / 2 + e) - total
+        fractions, product = fractions + (j + k) / x_k, product * (x_k * u)
+    return y, product, d + (x - j) * (u / 2 + e) - fractions
 
 
 def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -313,9 +313,9 @@ class MCDropoutFCN(nn.Module):
             module.training = mode
         head = self.thinned(samples, seed), self.classify.bias
         (B, _, H, W), C = x_B3HW.shape, self.classify.out_channels
-        moments = Moments(*(feature_BDhw.new_empty(n) for n in ((B, C, H, W),) * 2 + ((B, H, W),)))
+        moments = Moments(*feature_BDhw.new_zeros(2, B, C, H, W), feature_BDhw.new_zeros(B, H, W))
         for feature_Dhw, *image_moments in zip(feature_BDhw, *moments, strict=True):
-            _image_moments(feature_Dhw, *head, *image_moments)
+            _add_moments(feature_Dhw, *head, *image_moments)
         return moments
 
 
@@ -323,8 +323,8 @@ def _upsample(x_BChw: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x_BChw, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _image_moments(feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor,
-                   mean_CHW: Tensor, var_CHW: Tensor, cond_entropy_HW: Tensor) -> None:  # fmt: skip
+def _add_moments(feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor,
+                 mean_CHW: Tensor, var_CHW: Tensor, cond_entropy_HW: Tensor) -> None:  # fmt: skip
     """Fill in the moments of softmax(_upsample(weight_t feature + bias)) over the draws t.
 
     Upsampling is two matrix products, over blocks of rows that fit a CPU's cache.
@@ -346,20 +346,18 @@ def _image_moments(feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor,
             norm = prob.sum(0)
             prob *= 1 / norm
             cond = norm.log_().sub_(logits.mul_(prob).sum(0))  # H(P) = ln norm - sum_i P_i logit_i
+            # Moments about the first draw: v >= (m - first)^2 / T, so the subtraction below costs
+            # a factor T of precision at most; about 0 it would cost all of a small v.
             if t == 0:
-                # Moments about the first draw: v >= (m - first)^2 / T, so the subtraction below
-                # costs a factor T of precision at most; about 0 it would cost all of a small v.
-                first, conds = prob, cond
-                shift, square = torch.zeros_like(prob), torch.zeros_like(prob)
-                continue
+                first = prob.clone()
             prob -= first
-            shift += prob
-            square.addcmul_(prob, prob)
-            conds += cond
-        shift /= T  # CHOICE 3: by T, not T - 1
-        mean_CRW[:] = first + shift
-        var_CRW[:] = (square / T - shift * shift).clamp_(min=0)
-        cond_RW[:] = conds / T
+            mean_CRW += prob
+            var_CRW.addcmul_(prob, prob)
+            cond_RW += cond
+        mean_CRW /= T  # CHOICE 3: by T, not T - 1
+        var_CRW[:] = (var_CRW / T - mean_CRW * mean_CRW).clamp_(min=0)
+        mean_CRW += first
+        cond_RW /= T
 
 
 # ---- 4. Labels: which pixels of which image are labelled, and the CSV that records a round -------
@@ -374,16 +372,30 @@ def stream(*keys: int) -> torch.Generator:
 DRAWS, NOISE, SHORTLIST, ORDER, VIEWS = range(5)  # the first key of a stream
 
 
-def all_points(label_HW: Tensor) -> Tensor:
-    """points_N3 (y, x, class) of every pixel that is not void: full supervision."""
-    yx_N2 = (label_HW != IGNORE).nonzero()
+def points_at(yx_N2: Tensor, label_HW: Tensor) -> Tensor:
+    """points_N3 (y, x, class) of these pixels."""
     return torch.cat([yx_N2, label_HW[tuple(yx_N2.T)].long()[:, None]], 1)
+
+
+def all_points(label_HW: Tensor) -> Tensor:
+    """points_N3 of every pixel that is not void: full supervision."""
+    return points_at((label_HW != IGNORE).nonzero(), label_HW)
 
 
 def write_labels(path: Path, names: Sequence[str], picks: dict[int, Tensor]) -> None:
     """Rows image,y,x,label of the {image: points_N3} of a round; {image: yx_N2}: empty labels."""
     rows = ((names[i], *point, "")[:4] for i in sorted(picks) for point in picks[i].tolist())
     write_csv(path, [("image", "y", "x", "label"), *rows])
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, row) of the pixels in a labels.csv, as any spreadsheet may have saved it."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        delimiter = max(",;\t", key=file.readline().count)  # spreadsheets choose by country
+        file.seek(0)
+        for line, row in enumerate(csv.reader(file, delimiter=delimiter), 1):
+            if any(row) and row[:3] != ["image", "y", "x"]:
+                yield line, row
 
 
 def read_labels(path: Path, names: Sequence[str], classes: Sequence[str], size: Sequence[int],
@@ -393,38 +405,32 @@ def read_labels(path: Path, names: Sequence[str], classes: Sequence[str], size: 
     `asked` is the same file before a person filled it in: its pixels must all be there, in any
     order, and no others; a label that is empty still is read as -1.
     """
-    number, points, due = {name: i for i, name in enumerate(names)}, [[] for _ in names], None
-    meaning = {"void": IGNORE, "255": IGNORE} | {c.casefold(): k for k, c in enumerate(classes)}
-    meaning |= {str(k): k for k in range(len(classes))} | ({"": -1} if asked else {})
-    if asked:
-        if not asked.is_file():
-            raise InputError(f"{asked} is missing: put it back, or delete labels.csv to start over")
-        with open(asked, newline="", encoding="utf-8") as file:
-            due = {tuple(row[:3]) for row in csv.reader(file)} - {("image", "y", "x")}
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        delimiter = max(",;\t", key=file.readline().count)  # spreadsheets choose by country
-        file.seek(0)
-        for line, row in enumerate(csv.reader(file, delimiter=delimiter), 1):
-            pixel, label = row[:3], "".join(row[3:]).strip()
-            if pixel == ["image", "y", "x"] or not any(row):
-                continue
-            here = f"{path}:{line}: {' '.join(','.join(row).split())[:80]}"
-            inside = (v.isdecimal() and int(v) < n for v, n in zip(pixel[1:], size))
-            if len(row) < 4 or row[0] not in number or not all(inside):
-                raise InputError(f"{here}: expected image,y,x,label of a pixel of the data")
-            if label.casefold() not in meaning:
-                raise InputError(f"{here}: expected a label of {', '.join(classes)}, the number "
-                                 f"of one, 0 to {len(classes) - 1}, or void")  # fmt: skip
-            if due is not None and tuple(pixel) not in due:
-                raise InputError(f"{here}: not a pixel that was asked for, or there twice; "
-                                 f"{asked.name} beside it has them as they were")  # fmt: skip
-            if due:
-                due.remove(tuple(pixel))
-            points[number[row[0]]].append((int(row[1]), int(row[2]), meaning[label.casefold()]))
+    points: dict[str, list] = {name: [] for name in names}
+    meaning = {"void": IGNORE, "255": IGNORE} | ({"": -1} if asked else {})
+    for k, name in enumerate(classes):
+        meaning |= {name.casefold(): k, str(k): k}
+    if asked and not asked.is_file():
+        raise InputError(f"{asked} is missing: put it back, or delete labels.csv to start over")
+    due = {tuple(row[:3]) for _, row in read_rows(asked)} if asked else set()
+    for line, row in read_rows(path):
+        image, *yx = row[:3]
+        label = "".join(row[3:]).strip().casefold()
+        here = f"{path}:{line}: {' '.join(','.join(row).split())[:80]}"
+        inside = (v.isdecimal() and int(v) < n for v, n in zip(yx, size))
+        if len(row) < 4 or image not in points or not all(inside):
+            raise InputError(f"{here}: expected image,y,x,label of a pixel of the data")
+        if label not in meaning:
+            raise InputError(f"{here}: expected a label of {', '.join(classes)}, the number of "
+                             f"one, 0 to {len(classes) - 1}, or void")  # fmt: skip
+        if asked and tuple(row[:3]) not in due:
+            raise InputError(f"{here}: not a pixel that was asked for, or there twice; "
+                             f"{asked.name} beside it has them as they were")  # fmt: skip
+        due.discard(tuple(row[:3]))
+        points[image].append((*map(int, yx), meaning[label]))
     if due:
         raise InputError(f"{path}: {len(due)} of the rows that were asked for are missing, such as "
                          f"{','.join(min(due))}; {asked.name} beside it has them")  # fmt: skip
-    return [torch.tensor(p, dtype=torch.long).reshape(-1, 3) for p in points]
+    return [torch.tensor(points[name], dtype=torch.long).reshape(-1, 3) for name in names]
 
 
 # ---- 5. Training: one affine map per image, and cross-entropy at the labelled points alone -------
@@ -462,7 +468,7 @@ def point_loss(logits_BChw: Tensor, xy_BN2: Tensor, class_BN: Tensor) -> tuple[T
 
     With border padding, `grid_sample` at the centre of a pixel equals the bilinear `_upsample`.
     """
-    # Clamped to the outermost centres, which is border padding: Apple GPUs have no other.
+    # Clamped to the outermost centres: border padding, a mode that Apple GPUs lack.
     reach = 1 - 1 / xy_BN2.new_tensor(logits_BChw.shape[:1:-1])
     grid_B1N2 = xy_BN2.clamp(-reach, reach)[:, None]
     logits_BCN = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)[:, :, 0]
@@ -482,10 +488,10 @@ def make_optimizer(model: MCDropoutFCN, lr: float, pretrained: bool) -> torch.op
 
 
 def train(model: nn.Module, batches: Iterable, steps: int, optimizer: torch.optim.Optimizer,
-          generator: torch.Generator, total: Callable = lambda count: count) -> float:  # fmt: skip
+          generator: torch.Generator, add_up: Callable = lambda count: count) -> float:  # fmt: skip
     """`steps` steps over (image_B3HW uint8, points_BN3); mean loss of the last tenth, in nats.
 
-    `total` sums a tensor over the processes whose gradients DistributedDataParallel averages.
+    `add_up` sums a tensor over the processes whose gradients DistributedDataParallel averages.
     """
     model.train()
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
@@ -494,7 +500,7 @@ def train(model: nn.Module, batches: Iterable, steps: int, optimizer: torch.opti
         theta_B23 = random_affine(len(image_B3HW), generator)
         view_B3HW, xy_BN2, class_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), xy_BN2, class_BN)
-        points, processes = total(torch.stack([count, torch.ones_like(count)]))
+        points, processes = add_up(torch.stack([count, torch.ones_like(count)]))
         loss = loss * processes / points.clamp(min=1)  # no point in view: no loss, no gradient
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -578,7 +584,7 @@ def acquire(score: Callable[[Tensor, int], Tensor], frames: Iterable, points: Se
             score_HW = score(image_3HW, i)  # CHOICE 7: one image at a time
             shortlist = stream(SHORTLIST, seed, i, len(points[i]))
             yx_N2 = pick_pixels(score_HW, free_HW, count, top, shortlist)
-            picks[i] = torch.cat([yx_N2, label_HW[tuple(yx_N2.T)].long()[:, None]], 1).cpu()
+            picks[i] = points_at(yx_N2, label_HW).cpu()
     return picks
 
 
@@ -668,34 +674,32 @@ def fetch(row: Dataset, root: Path) -> None:
         print(f"{goal} does not exist: fetching {url}", file=sys.stderr)
         try:
             return fetch_from(url, row.digest, root, goal)
-        except InputError as error:
+        except Exception as error:  # noqa: BLE001, urllib and tarfile raise of many kinds
             reasons.append(f"{url}: {error}")
-    advice = f"cannot be fetched ({'; '.join(reasons)}): put it there yourself, or check --root"
-    raise InputError(f"{goal} does not exist{' and ' if row.urls else ': '}{row.advice or advice}")
+    reason = f"cannot be fetched ({'; '.join(reasons)}): put it there yourself, or check --root"
+    raise InputError(f"{goal} does not exist: {row.advice or reason}")
 
 
 def fetch_from(url: str, digest: str, root: Path, goal: Path) -> None:
     """Move the folder `goal` out of the archive at `url`, whose digest is "algorithm:hex"."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
-            archive, unpacked = Path(temporary, Path(url).name), Path(temporary, "unpacked")
-            download_url_to_file(url, str(archive))
-            algorithm, _, expected = (digest or "md5:").partition(":")
-            hashed = hashlib.new(algorithm)
-            with open(archive, "rb") as file:
-                for chunk in iter(partial(file.read, 1 << 20), b""):
-                    hashed.update(chunk)
-            if expected and hashed.hexdigest() != expected:
-                raise ValueError(f"its {algorithm} is {hashed.hexdigest()}, expected {expected}")
-            safely = {"filter": "data"} if archive.suffix == ".tar" else {}  # zips always are
-            shutil.unpack_archive(archive, unpacked, **safely)
-            found = next(unpacked.rglob(f"{goal.relative_to(root).as_posix()}/"))
-            goal.parent.mkdir(exist_ok=True)
-            os.replace(found, goal)
-    except Exception as error:  # urllib, zipfile, tarfile and others raise of many kinds
-        reason = "no such folder in it" if isinstance(error, StopIteration) else error
-        raise InputError(str(reason)) from error
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
+        archive, unpacked = Path(temporary, Path(url).name), Path(temporary, "unpacked")
+        download_url_to_file(url, str(archive))
+        algorithm, _, expected = (digest or "md5:").partition(":")
+        hashed = hashlib.new(algorithm)
+        with open(archive, "rb") as file:
+            for chunk in iter(partial(file.read, 1 << 20), b""):
+                hashed.update(chunk)
+        if expected and hashed.hexdigest() != expected:
+            raise ValueError(f"its {algorithm} is {hashed.hexdigest()}, expected {expected}")
+        safely = {"filter": "data"} if archive.suffix == ".tar" else {}  # zips always are
+        shutil.unpack_archive(archive, unpacked, **safely)
+        found = [*unpacked.rglob(f"{goal.relative_to(root).as_posix()}/")]
+        if not found:
+            raise ValueError("no such folder in it")
+        goal.parent.mkdir(exist_ok=True)
+        os.replace(found[0], goal)
 
 
 def open_dataset(name: str, root: Path, size: tuple[int, int], seed: int = 0,
@@ -729,28 +733,29 @@ def open_dataset(name: str, root: Path, size: tuple[int, int], seed: int = 0,
 
 def list_frames(row: Dataset, root: Path, split: str, seed: int, labelled: bool) -> list[tuple]:
     """(name, image, label) of each frame: paths, or the keys of a scene; None where no label is."""
-    images, labels, *names = row.splits[split]
+    images, labels, *listed = row.splits[split]
     if images == "scenes":
         return [(f"{split}-{i:04d}", (seed, len(split), i), None) for i in range(int(labels))]
-    suffixes, label_suffix = row.suffixes
-    if names:
-        names = (root / names[0]).read_text().split()
-        found = [(name, root / images / f"{name}{suffixes[0]}") for name in names]
+    folder, (suffixes, label_suffix) = root / images, row.suffixes
+    if listed:
+        names = (root / listed[0]).read_text().split()
+        found = [(name, folder / f"{name}{suffixes[0]}") for name in names]
     else:
-        paths = (root / images).rglob("[!.]*")
-        paths = ((path.relative_to(root / images).as_posix(), path) for path in paths)
-        found = sorted((name[: -len(suffix)], path) for name, path in paths for suffix in suffixes
-                       if name.lower().endswith(suffix.lower()))  # fmt: skip
+        found = sorted((path.relative_to(folder).as_posix()[: -len(suffix)], path)
+                       for path in folder.rglob("[!.]*") for suffix in suffixes
+                       if path.name.lower().endswith(suffix.lower()))  # fmt: skip
     if not found:
-        raise InputError(f"{root / images}: no images (*{', *'.join(suffixes)}) there")
+        raise InputError(f"{folder}: no images (*{', *'.join(suffixes)}) there")
     if len(dict(found)) < len(found):
-        raise InputError(f"{root / images}: two images differ in their suffix only")
+        raise InputError(f"{folder}: two images of one name")
     frames = [(name, path, root / labels / f"{name}{label_suffix}" if labelled else None)
               for name, path in found]  # fmt: skip
     files = [path for frame in frames for path in frame[1:] if path]
     if missing := [str(path) for path in files if not path.is_file()]:
-        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files are); for "
-                         "training images without labels there is --oracle human")  # fmt: skip
+        hint = "; --oracle human asks a person for labels" if split == "train" else ""
+        raise InputError(
+            f"{missing[0]} is missing ({len(missing)} of {len(files)} files are){hint}"
+        )
     return frames
 
 
@@ -768,12 +773,7 @@ class Frames(torch.utils.data.Dataset):
         return len(self.frames)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
-        _, path, label_path = self.frames[i]
-        if isinstance(path, tuple):
-            image, label = synthetic_scene(self.size, *path)
-        else:
-            image = self.picture(i)
-            label = self.read_label(label_path, image.size)
+        image, label = self.pictures(i)
         (H, W), (h, w) = self.size, self.working_size(image)
         image_HW3, label_HW = np.full((H, W, 3), 114, np.uint8), np.full((H, W), IGNORE, np.uint8)
         image_HW3[:h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
@@ -785,10 +785,21 @@ class Frames(torch.utils.data.Dataset):
         scale = min(1, self.size[0] / image.height, self.size[1] / image.width)
         return max(1, round(image.height * scale)), max(1, round(image.width * scale))
 
-    def read_label(self, path: Path | None, size: tuple[int, int]) -> Image.Image:
-        """The classes of a label image; class 0 everywhere, for no one to see, without a path."""
-        if path is None:
-            return Image.new("L", size)
+    def pictures(self, i: int) -> tuple[Image.Image, Image.Image]:
+        """Image i and its classes, at their own resolution; class 0 where nothing is labelled."""
+        _, path, label_path = self.frames[i]
+        if isinstance(path, tuple):
+            return synthetic_scene(self.size, *path)
+        image = read_image(path)
+        if image.mode[0] in "IF":
+            raise InputError(f"{path}: mode {image.mode}, expected 8 bits a channel")
+        if label_path:  # its pixels are the image's as stored
+            return image.convert("RGB"), self.read_label(label_path, image.size)
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        return upright, Image.new("L", upright.size)
+
+    def read_label(self, path: Path, size: tuple[int, int]) -> Image.Image:
+        """The classes of a label image."""
         raw = read_image(path)
         if raw.size != size or raw.mode not in ("L", "P"):
             raise InputError(f"{path}: {raw.width} x {raw.height}, mode {raw.mode}: expected "
@@ -799,17 +810,6 @@ class Frames(torch.utils.data.Dataset):
             wrong = raw_HW[class_HW < 0][0]
             raise InputError(f"{path}: pixels of {wrong}, neither a class's id nor void")
         return Image.fromarray(class_HW.astype(np.uint8))
-
-    def picture(self, i: int) -> Image.Image:
-        """Image i at its own resolution, for people."""
-        _, path, label_path = self.frames[i]
-        if isinstance(path, tuple):
-            return synthetic_scene(self.size, *path)[0]
-        image = read_image(path)
-        if image.mode[0] in "IF":
-            raise InputError(f"{path}: mode {image.mode}, expected 8 bits a channel")
-        # A label image has the pixels as stored; a person wants a photograph upright.
-        return (image if label_path else ImageOps.exif_transpose(image)).convert("RGB")
 
     def hold(self, device: torch.device, workers: int, budget: float = 4e9) -> None:
         """Decode all frames once and keep them if they fit, on the device if that has room."""
@@ -909,7 +909,12 @@ NATURAL = {"type": int, "ok": lambda v: 0 <= v < 2**31, "needs": "a whole number
 RATE = {"type": float, "ok": lambda v: 0 <= v < 1, "needs": "a number in [0, 1)"}
 # Of this process: the processes that torchrun starts on a machine share its cores.
 WORKERS = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}  # PixelPick's
+PROTOCOL = {
+    "rounds": 10,
+    "epochs": 50,
+    "arch": "fcn_resnet50",
+    "lr": 5e-4,
+}  # rounds, epochs: PixelPick's
 
 
 @dataclass(frozen=True)
@@ -920,12 +925,12 @@ class Config:
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "folder that holds CamVid/, cityscapes/, VOCdevkit/, "
                        "ADEChallengeData2016/, or the folder dataset itself")
-    acquisition: str = option("balent", "how pixels are chosen, in turn", choices=ACQUISITIONS)
+    acquisition: str = option("balent", "how pixels are chosen", choices=ACQUISITIONS, nargs="+")
     supervised: bool = option(False, "label every pixel and train once: the upper bound")
-    rounds: int | None = option(None, "rounds, the first at random [10; synthetic 5]", **POSITIVE)
+    rounds: int | None = option(None, "rounds, the first at random", **POSITIVE)
     pixels: int = option(10, "labels per image and round", **POSITIVE)
-    epochs: int | None = option(None, "epochs a round, 0 for none [50; synthetic 40]", **NATURAL)
-    arch: str | None = option(None, "network [fcn_resnet50; synthetic small]", choices=ARCHS)
+    epochs: int | None = option(None, "epochs a round, 0 for none", **NATURAL)
+    arch: str | None = option(None, "network", choices=ARCHS)
     weights: str | None = option(None, "imagenet, none, or a file [imagenet; small none]")
     dropout: float = option(0.2, "dropout rate before the last layer", **RATE)
     mc_samples: int = option(50, "draws of the weights", **POSITIVE | {
@@ -935,7 +940,7 @@ class Config:
                                           ok=lambda v: min(v) >= 16, needs="16 or more",
                                           metavar=("H", "W"))
     batch_size: int = option(8, "images a step, over all processes", **POSITIVE)
-    lr: float | None = option(None, "learning rate of AdamW [5e-4; synthetic 5e-3]", type=float,
+    lr: float | None = option(None, "learning rate of AdamW", type=float,
                               ok=lambda v: 0 < v < math.inf, needs="a positive number")
     workers: int = option(WORKERS, "processes that decode images", **NATURAL)
     amp: bool = option(True, "bfloat16 on GPUs that have it", action=argparse.BooleanOptionalAction)
@@ -1022,13 +1027,12 @@ class Experiment:
         except OSError as error:
             raise InputError(f"--out {self.config.out}: no folder can be made ({error})") from error
         old = json.loads(path.read_text())["settings"] if path.exists() else settings
-        free = ("rounds", "root", "workers", "device", "out")  # may change as a run goes on
-        differ = [k for k in settings if k not in free and old.get(k) != settings[k]]
-        known = old.get("classes", [])
-        if settings["oracle"] == "human" and self.classes[: len(known)] == known:
-            differ = [k for k in differ if k != "classes"]  # a person may think of more
-        if differ:
-            if (self.folder / "model.pt").exists() or old["oracle"] == "human":
+        free = {"rounds", "root", "workers", "device", "out"}  # may change as a run goes on
+        known, human = old.get("classes", []), old.get("oracle") == "human"
+        if human and self.classes[: len(known)] == known:
+            free.add("classes")  # a person may think of more
+        if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
+            if (self.folder / "model.pt").exists() or human:
                 what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
                 raise InputError(f"{self.folder} has other settings ({what}): use another --out")
             shutil.rmtree(self.folder / "round-00", ignore_errors=True)  # nothing was learned yet
@@ -1132,19 +1136,19 @@ class Experiment:
         points = fresh = None if config.supervised else [torch.empty(0, 3).long()] * len(self.train)
         for r in range(config.rounds):
             here, clock = self.folder / f"round-{r:02d}", time.time()
+            path = here / "labels.csv"
             if points is not None:
-                if not (here / "labels.csv").exists():
+                if not path.exists():
                     if r and model is None:
                         model, *_ = self.fit(points, r - 1)
                     self.choose(model, points, r)
                 asked = here / "asked.csv" if config.oracle == "human" else None
-                frames = self.train.names, self.classes, config.size
-                fresh = read_labels(here / "labels.csv", *frames, asked)
+                fresh = read_labels(path, self.train.names, self.classes, config.size, asked)
                 if waiting := sum(int((points_N3[:, 2] < 0).sum()) for points_N3 in fresh):
                     if RANK == 0:
-                        print(f"round {r}: {waiting} labels to fill in, the last column of "
-                              f"{here / 'labels.csv'}: a class's name or number, or void, of the "
-                              "pixels in pictures/; then run the same command again")  # fmt: skip
+                        print(f"round {r}: {waiting} labels to fill in, the last column of {path}: "
+                              "a class's name or number, or void, of the pixels in pictures/; then "
+                              "run the same command again")  # fmt: skip
                     return history
                 points = [torch.cat(pair) for pair in zip(points, fresh, strict=True)]
             if (here / "metrics.json").exists():
@@ -1152,43 +1156,41 @@ class Experiment:
             else:
                 seconds = {"acquire": time.time() - clock}
                 model, loss, seconds["train"] = self.fit(points, r)
-                record = {"round": r, **self.measure(model, points, seconds), "loss": loss}
+                clock = time.time()
+                record = {"round": r, **self.measure(model, points), "loss": loss}
+                seconds["evaluate"] = time.time() - clock
                 if RANK == 0:
                     here.mkdir(exist_ok=True)
                     self.draw_panel(model, fresh, r)
                     write_json(here / "metrics.json", record | {"seconds": seconds})
+                    mean = "not measured" if record["mIoU"] is None else f"{record['mIoU']:.4f}"
                     took = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
                     print(f"round {r}: {record['pixels_per_image']:.1f} pixels an image, "
-                          f"mIoU {_decimal(record['mIoU'])}, loss {loss:.3f} ({took})",
+                          f"mIoU {mean}, loss {loss:.3f} ({took})",
                           flush=True)  # fmt: skip
                 gather(None)
             history.append(json.loads((here / "metrics.json").read_text()))
             if RANK == 0:
-                scalars = [k for k, v in history[0].items() if not isinstance(v, dict)]
-                rows = [
-                    [*(h[k] for k in scalars), *map(h["IoU"].get, self.classes)] for h in history
-                ]
-                header = *scalars, *(f"IoU {name}" for name in self.classes)
-                write_csv(self.folder / "metrics.csv", [header, *rows])
+                flat = [{k: v for k, v in record.items() if not isinstance(v, dict)}
+                        | {f"IoU {name}": record["IoU"].get(name) for name in self.classes}
+                        for record in history]  # fmt: skip
+                write_csv(self.folder / "metrics.csv", [flat[0], *map(dict.values, flat)])
         return history
 
-    def measure(self, model: MCDropoutFCN, points: list[Tensor] | None, seconds: dict) -> dict:
-        """What is labelled, and how good that makes the network; its time goes to `seconds`."""
-        clock = time.time()
+    def measure(self, model: MCDropoutFCN, points: list[Tensor] | None) -> dict:
+        """What is labelled, and how good that makes the network."""
         confusion_CC = evaluate(model, self.share(self.test, "evaluate"), len(self.classes))
         confusion_CC = total(confusion_CC.to(self.device)).cpu()
-        seconds["evaluate"] = time.time() - clock
         if len(self.test) and not confusion_CC.sum():
             raise InputError("every pixel of the test images is void: no mIoU")
         every = batches(self.train, torch.arange(len(self.train)), 16, self.config.workers)
-        classes = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
-        pixels = sum(int((labelled != IGNORE).sum()) for labelled in classes)
+        given = (p[:, 2] for p in points) if points else (label_BHW for _, _, label_BHW in every)
+        pixels = sum(int((label != IGNORE).sum()) for label in given)
         iou_C, accuracy = iou_per_class(confusion_CC), confusion_CC.trace() / confusion_CC.sum()
-        scores = torch.stack([iou_C.nanmean(), accuracy.double(), *iou_C]).tolist()
-        scores = (None if math.isnan(x) else x for x in scores)  # of what does not occur
+        scores = [None if x.isnan() else x.item() for x in (iou_C.nanmean(), accuracy, *iou_C)]
         return {"pixels": pixels, "pixels_per_image": pixels / len(self.train),
-                "mIoU": next(scores), "pixel_accuracy": next(scores),
-                "IoU": dict(zip(self.classes, scores, strict=True))}  # fmt: skip
+                "mIoU": scores[0], "pixel_accuracy": scores[1],
+                "IoU": dict(zip(self.classes, scores[2:], strict=True))}  # fmt: skip
 
     def draw_panel(self, model: MCDropoutFCN, fresh: list[Tensor] | None, r: int) -> None:
         """panel.png: image | truth | prediction | score | picks of the round, for three images.
@@ -1197,9 +1199,7 @@ class Experiment:
         """
         if not matplotlib:
             return
-        config, classes = self.config, set()
-        colours = matplotlib.colors.ListedColormap(palette(config.dataset) / 255)
-        painted = {"cmap": colours, "vmin": 0, "vmax": IGNORE}
+        config, colours, present = self.config, palette(self.config.dataset), set()
         titles = ["image", *["truth"] * (config.oracle == "truth"), "prediction"]
         titles += [f"{config.acquisition} score", "picks"]
         rows, (H, W) = min(3, len(self.train)), config.size
@@ -1207,7 +1207,7 @@ class Experiment:
         figure = matplotlib.figure.Figure(size, layout="constrained")
         for k, row in enumerate(figure.subplots(rows, len(titles), squeeze=False)):
             i, image_3HW, label_HW = self.train[k * (len(self.train) - 1) // max(1, rows - 1)]
-            h, w = self.train.working_size(self.train.picture(i))
+            h, w = self.train.working_size(self.train.pictures(i)[0])
             x_3HW, void_HW = image_3HW.to(self.device), label_HW == IGNORE
             setting = config.acquisition, config.mc_samples, config.seed, r + 1
             score_HW = score_image(model, *setting, x_3HW, i).cpu()
@@ -1220,22 +1220,22 @@ class Experiment:
             *maps, score_axes, picks_axes = row[1:]
             for axes, class_HW in zip(maps, (label_HW, pred_HW)[-len(maps) :], strict=True):
                 class_HW = class_HW.masked_fill(void_HW, IGNORE).numpy()[:h, :w]
-                axes.imshow(class_HW, interpolation="nearest", **painted)
-                classes |= {*class_HW.ravel().tolist()}
+                axes.imshow(colours[class_HW], interpolation="nearest")
+                present |= {*class_HW.ravel().tolist()}
             score = np.ma.array(score_HW.numpy(), mask=void_HW.numpy())[:h, :w]
             low, high = np.percentile(score.compressed() if score.count() else 0, (1, 99))
             shown = score_axes.imshow(score, vmin=low, vmax=high)
             figure.colorbar(shown, ax=score_axes, extend="both")
             if fresh:
-                y, x, c = fresh[i].T
-                picks_axes.scatter(x, y, 36, c, edgecolors="white", **painted)
-        self.draw_legend(figure, {k: self.classes[k] for k in sorted(classes - {IGNORE})})
+                y, x, c = fresh[i].T.numpy()
+                picks_axes.scatter(x, y, 36, colours[c] / 255, edgecolors="white")
+        self.draw_legend(figure, {k: self.classes[k] for k in sorted(present - {IGNORE})})
         with replacing(self.folder / f"round-{r:02d}" / "panel.png") as temporary:
             figure.savefig(temporary, dpi=100)
 
     def draw_question(self, i: int, yx_N2: Tensor, folder: Path) -> None:
         """A picture of image i to label pixels from: numbered as in labels.csv, and magnified."""
-        image, name = self.train.picture(i), self.train.names[i]
+        (image, _), name = self.train.pictures(i), self.train.names[i]
         h, w = self.train.working_size(image)
         image.thumbnail((2000, 2000))
         place = {"extent": (-0.5, w - 0.5, h - 0.5, -0.5)}  # of the working size, as y and x are
@@ -1269,11 +1269,9 @@ class Experiment:
         width, height = figure.get_size_inches()
         columns = max(1, min(10, int(10 * width / (max(map(len, names.values())) + 8))))
         figure.set_size_inches(width, height + 0.21 * math.ceil(len(names) / columns))
-        patch = matplotlib.patches.Patch
-        patches = [
-            patch(color=colours[k], label=name.replace("$", r"\$")) for k, name in names.items()
-        ]
-        figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
+        names = {k: name.replace("$", r"\$") for k, name in names.items()}
+        handles = [matplotlib.patches.Patch(color=colours[k], label=names[k]) for k in names]
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def run(config: Config) -> list[dict]:
@@ -1281,8 +1279,8 @@ def run(config: Config) -> list[dict]:
     return Experiment(config).run()
 
 
-def runs_like(config: Config) -> Iterator[tuple[str, list[dict]]]:
-    """(name, rows of metrics.csv) of the runs in --out that compare with this one."""
+def curves_like(config: Config) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """(name, [(pixels per image, mIoU)]) of the runs in --out that compare with this one."""
     for path in sorted(Path(config.out).glob(f"{config.dataset}-*/metrics.csv")):
         settings = json.loads(path.with_name("config.json").read_text())["settings"]
         same = ["size", "arch", "weights", "epochs", "lr", "batch_size", "dropout", "oracle"]
@@ -1290,21 +1288,19 @@ def runs_like(config: Config) -> Iterator[tuple[str, list[dict]]]:
         if all(json.dumps(settings.get(k)) == json.dumps(getattr(config, k)) for k in same):
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row["mIoU"]]
-            yield path.parent.name.removeprefix(f"{config.dataset}-"), rows
-
-
-def _decimal(x: float | None) -> str:
-    return "not measured" if x is None else f"{x:.4f}"
+            if rows:
+                curve = [(float(row["pixels_per_image"]), float(row["mIoU"])) for row in rows]
+                yield path.parent.name.removeprefix(f"{config.dataset}-"), curve
 
 
 def table(configs: list[Config], histories: list[list[dict]]) -> str:
     """mIoU against labelled pixels, side by side, and its share of the supervised run's, if any."""
-    bounds = [float(rows[0]["mIoU"]) for name, rows in runs_like(configs[0])
-              if name == f"supervised-seed{configs[0].seed}" and rows]  # fmt: skip
+    supervised = f"supervised-seed{configs[0].seed}"
+    bounds = [curve[0][1] for name, curve in curves_like(configs[0]) if name == supervised]
     lines = ["pixels/image" + "".join(f"{c.name.split('-', 1)[1]:>28}" for c in configs)]
     for records in zip(*histories):
         shares = (f" ({x['mIoU'] / bound:.1%})" for x in records for bound in bounds)
-        cells = [_decimal(x["mIoU"]) + next(shares, "") for x in records]
+        cells = [f"{x['mIoU']:.4f}" + next(shares, "") for x in records]
         pixels = f"{records[0]['pixels_per_image']:12.1f}"
         lines.append(pixels + "".join(f"{cell:>28}" for cell in cells))
     lines += [f"in brackets: the share of the supervised mIoU, {bound:.4f}" for bound in bounds]
@@ -1314,10 +1310,8 @@ def table(configs: list[Config], histories: list[list[dict]]) -> str:
 def draw_curves(config: Config) -> None:
     """curves.png: mIoU against labelled pixels of the runs like this in --out, seeds as bands."""
     curves: dict[str, list] = {}
-    for name, rows in runs_like(config):
-        curve = [(float(row["pixels_per_image"]), float(row["mIoU"])) for row in rows]
-        if curve:
-            curves.setdefault(name.rsplit("-seed", 1)[0], []).append(curve)
+    for name, curve in curves_like(config):
+        curves.setdefault(name.rsplit("-seed", 1)[0], []).append(curve)
     figure = matplotlib.figure.Figure((7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for k, (name, seeds) in enumerate(curves.items()):
@@ -1331,10 +1325,9 @@ def draw_curves(config: Config) -> None:
             axes.plot(x, y, marker="osD^vPX*h<>"[k % 11], label=label)
             axes.fill_between(x, y - spread, y + spread, alpha=0.15)
     axes.set(xlabel="labelled pixels per image", ylabel="mIoU", title=config.dataset)
-    if curves:
-        figure.legend(loc="outside right upper", frameon=False, title="mean ± s.d. (seeds)")
-        with replacing(Path(config.out) / "curves.png") as temporary:
-            figure.savefig(temporary, dpi=150)
+    figure.legend(loc="outside right upper", frameon=False, title="mean ± s.d. (seeds)")
+    with replacing(Path(config.out) / "curves.png") as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 # ---- 10. Ranks and command line; without torchrun every helper of ranks is the identity ----------
@@ -1391,7 +1384,7 @@ def fail(message: str) -> None:
 
 def parse(argv: Sequence[str] | None) -> list[Config]:
     """A Config for each acquisition function that the command line asks for."""
-    title, what, *_, commands = __doc__.split("\n\n")
+    title, what, *_, commands = __doc__.split("\n\n")  # the module's paragraphs
     parser = argparse.ArgumentParser(
         "balent_seg.py", "balent_seg.py [options]", f"{title}\n\n{what}", f"examples:\n{commands}",
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -1399,10 +1392,12 @@ def parse(argv: Sequence[str] | None) -> list[Config]:
     for f in fields(Config):
         how = {k: v for k, v in f.metadata.items() if k not in ("ok", "needs")}
         how |= {"action": "store_true"} if f.default is False else {}
-        how |= {"nargs": "+"} if f.name == "acquisition" else {}
         if choices := how.get("choices"):
             how |= {"metavar": "NAME", "help": f"{how['help']}: {', '.join(choices)}"}
-        how["help"] += "" if f.default in (None, True) or f.default is False else f" [{f.default}]"
+        default = PROTOCOL.get(f.name, f.default)
+        if default is not None and not isinstance(default, bool):
+            other = DATASETS["synthetic"].defaults.get(f.name)
+            how["help"] += f" [{default}; synthetic {other}]" if other else f" [{default}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **how)
     given = vars(parser.parse_args(argv))
     names = given.pop("acquisition")
@@ -1413,20 +1408,16 @@ def parse(argv: Sequence[str] | None) -> list[Config]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0, or 2 after one line that says what to mend."""
     try:
-        configs = parse(argv)
+        configs = [complete(config) for config in parse(argv)]
         histories = [run(config) for config in configs]
         if RANK == 0 and all(h and h[0]["mIoU"] is not None for h in histories):
-            configs = [complete(config) for config in configs]
             print(table(configs, histories))
             if matplotlib:
                 draw_curves(configs[0])
         return 0
-    except (
-        InputError,
-        OSError,
-        csv.Error,
-    ) as error:  # one from a worker comes wrapped in its traceback
-        print(f"balent_seg: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
+    except (InputError, OSError, csv.Error) as error:
+        reason = str(error).split("InputError: ")[-1]  # a worker's comes wrapped in its traceback
+        print(f"balent_seg: {reason.strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("balent_seg: stopped; the same command goes on from here", file=sys.stderr)
