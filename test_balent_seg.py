@@ -895,6 +895,33 @@ def test_camvid_and_a_folder_of_ones_own_run_alike(tmp_path):
     assert ours == theirs and len(ours) == 2
 
 
+def filled_in(lines: list[str], truth: dict, names: list[str]) -> list[str]:
+    """The lines of a labels.csv with the true classes, written in turn as name and as number."""
+    answers = [lines[0]]
+    for k, line in enumerate(lines[1:]):
+        image, y, x, empty = line.split(",")
+        c = truth[image][int(y), int(x)]
+        label = " void" if c == 11 else names[c].capitalize() if k % 2 else str(c)
+        answers.append(f"{image},{y},{x},{label}")
+        assert empty == ""
+    return answers
+
+
+def mistakes_in(answers: list[str]) -> dict[str, list[str]]:
+    """What a person may do to these lines, by what the program should say."""
+    image, y, x, label = answers[5].split(",")
+    moved = f"{image},{int(y) ^ 1},{x},{label}"
+    return {
+        rf"labels.csv:6: {image},{y},{x},zebra: expected a label of sky, .*, 0 to 10, or void":
+            [*answers[:5], f"{image},{y},{x},zebra", *answers[6:]],
+        r"1 of the rows that were asked for are missing, such as train\d,": answers[:-1],
+        rf"labels.csv:6: {image},{int(y) ^ 1},{x},.*not a pixel that was asked for":
+            [*answers[:5], moved, *answers[6:]],
+        "labels.csv:14: .*there twice": [*answers, answers[1]],
+        "labels.csv:3: what is this: expected image,y,x,label": [*answers[:2], "what is this"],
+    }  # fmt: skip
+
+
 def test_a_person_labels_two_rounds_and_no_mistake_loses_anything(tmp_path, capsys):
     camvid_tree(tmp_path / "mine", frames=3)
     truth = {p.stem: np.asarray(Image.open(p)) for p in (tmp_path / "mine/trainannot").iterdir()}
@@ -916,30 +943,16 @@ def test_a_person_labels_two_rounds_and_no_mistake_loses_anything(tmp_path, caps
             f"train{i}.png" for i in range(3)
         }
         file = here / "labels.csv"
-        rows = [line.split(",") for line in file.read_text().splitlines()]
-        for k, row in enumerate(rows[1:]):
-            assert row[3] == ""
-            c = truth[row[0]][int(row[1]), int(row[2])]
-            row[3] = " void" if c == 11 else names[c].capitalize() if k % 2 else str(c)
-        answers = [",".join(row) for row in rows]
-        image, y, x, label = rows[5]
-        mistakes = {
-            rf"labels.csv:6: {image},{y},{x},zebra: expected a label of sky, .*, 0 to 10, or void":
-                [*answers[:5], f"{image},{y},{x},zebra", *answers[6:]],
-            r"1 of the rows that were asked for are missing, such as train\d,": answers[:-1],
-            rf"labels.csv:6: {image},{int(y) ^ 1},{x},.*not a pixel that was asked for":
-                [*answers[:5], f"{image},{int(y) ^ 1},{x},{label}", *answers[6:]],
-            "labels.csv:14: .*there twice": [*answers, answers[1]],
-            "labels.csv:3: what is this: expected image,y,x,label": [*answers[:2], "what is this"],
-        }  # fmt: skip
-        for message, lines in mistakes.items():
+        answers = filled_in(file.read_text().splitlines(), truth, names)
+        for message, lines in mistakes_in(answers).items():
             file.write_text("\n".join(lines))
             code, _, error = go()
             assert code == 2 and error.count("\n") == 1 and re.search(message, error), error
             assert file.read_text() == "\n".join(lines)
         assert go("--seed", "0", "--lr", "0.1")[0] == 2  # other settings: refused, all is kept
-        file.write_text("\ufeff" + "\r\n".join([answers[0], *answers[:1:-1], rows[1][0] +
-                        f",{rows[1][1]},{rows[1][2]},"]), encoding="utf-8")  # fmt: skip
+        one_empty = answers[1].rsplit(",", 1)[0] + ","
+        text = "\ufeff" + "\r\n".join([answers[0], *answers[:1:-1], one_empty])
+        file.write_text(text, encoding="utf-8")
         assert f"round {r}: 1 labels to fill in" in go()[1]
         lines = [answers[0], *answers[:0:-1], "", ",,,"]  # as a spreadsheet may leave them
         file.write_text("\r\n".join(lines).replace(",", ";" if r else ","))
