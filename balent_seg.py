@@ -86,25 +86,26 @@ class InputError(ValueError):
 # ---- 1. Balanced entropy: the score of the paper, in closed form; needs only math and torch ------
 
 
-def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is left of lgamma(x) - (x - j) digamma(x) once its large terms cancel in beta_entropy.
+def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """f and rest, what is left of two large functions once beta_entropy's large terms cancel:
 
-    The recurrences lgamma(x) = lgamma(y) - ln prod_k (x + k), digamma(x) = digamma(y) - sum_k
-    1 / (x + k), with k = 0..3 and y = x + 4, lead to where Stirling's remainders d and e converge:
-    lgamma(y) = (y - 1/2) ln y - y + ln(2 pi) / 2 + d(y),  digamma(y) = ln y - 1 / (2 y) - e(y).
-    Returns y, prod_k (x + k) / y, and d(y) + (x - j) (1 / (2 y) + e(y)) - sum_k (j + k) / (x + k):
-    each of the size of 1 or of 1 / x, so float32 loses nothing, however large x is.
+        lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) y^(j - 1) f) - x + rest,    y = x + 4
+
+    By their recurrences both are functions of y, less a logarithm or sum over x, x + 1, x + 2 and
+    x + 3; at y >= 4 Stirling's remainders d = u/12 - u^3/360 + u^5/1260 and e = u^2/12 - u^4/120 +
+    u^6/252, u = 1/y, suffice. rest = d + (x - j) (u/2 + e) - sum_k (j + k)/(x + k), one polynomial
+    and a sum, and f = y^4.5 / prod_k (x + k) are free of cancellation, however large x is.
     """
-    y = x + 4
+    y, k = x + 4, j + 4
     u = 1 / y
     uu = u * u
-    d = u * (1 / 12 - uu * (1 / 360 - uu * (1 / 1260 - uu / 1680)))
-    e = uu * (1 / 12 - uu * (1 / 120 - uu * (1 / 252 - uu / 240)))
-    fractions, product = j / x, x * u
-    for k in range(1, 4):
-        x_k = x + k
-        fractions, product = fractions + (j + k) / x_k, product * (x_k * u)
-    return y, product, d + (x - j) * (u / 2 + e) - fractions
+    rest = u * (-k / 252)
+    for c in (1 / 210, k / 120, -1 / 90, -k / 12, 1 / 6 - k / 2):
+        rest = (rest + c) * u
+    # In pairs: x (x + 3) = q, (x + 1) (x + 2) = q + 2, and likewise the sum's numerators.
+    q, top = x * (x + 3), (2 * j + 3) * x + 3 * j
+    q_2 = q + 2
+    return y.sqrt() / (q * uu * (q_2 * uu)), rest + 0.5 - (top / q + (top + 4) / q_2)
 
 
 def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -114,14 +115,15 @@ def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
             + (n - 2) digamma(n),    n = alpha + beta
 
     Those terms are of size n ln n and their sum is not, so the large parts are cancelled by hand.
-    In float32 within 1e-5 of the exact value relative to max(1, |h|), for arguments up to 1e10.
+    Within 1e-5 of the exact value (float64: 5e-8), relative to max(1, |h|), for arguments to 1e10.
     """
     # CHOICE 2: no difference of large numbers, hence no epsilon in a logarithm and no clamp on h.
-    y_a, product_a, rest_a = _stirling_rest(alpha, 1)
-    y_b, product_b, rest_b = _stirling_rest(beta, 1)
-    y_n, product_n, rest_n = _stirling_rest(alpha + beta, 2)
-    log_scale = 0.5 * torch.log(2 * math.pi * (y_a / y_n) * (y_b / y_n) / y_n)
-    return log_scale + torch.log(product_n / product_a / product_b) + (rest_a + rest_b - rest_n)
+    n = alpha + beta
+    f_a, rest_a = _stirling_rest(alpha, 1)
+    f_b, rest_b = _stirling_rest(beta, 1)
+    f_n, rest_n = _stirling_rest(n, 2)
+    scale = math.sqrt(2 * math.pi) * f_a * f_b / f_n / (n + 4)
+    return torch.log(scale) + (rest_a + rest_b - rest_n)
 
 
 def _entropy(prob: torch.Tensor, dim: int) -> torch.Tensor:
@@ -284,6 +286,15 @@ class MCDropoutFCN(nn.Module):
             out = self.backbone(self.normalise(x_B3HW))
             return self.neck(out["out"] if isinstance(out, dict) else out).float()
 
+    def _features_that_fit(self, x_B3HW: Tensor) -> Tensor:
+        """`features` in eval mode, by halves of the batch where a GPU's memory is too small."""
+        try:
+            return self.features(x_B3HW)
+        except torch.OutOfMemoryError:
+            if len(x_B3HW) == 1:
+                raise
+        return torch.cat([self._features_that_fit(half) for half in x_B3HW.chunk(2)])
+
     def forward(self, x_B3HW: Tensor, upsample: bool = True) -> Tensor:
         """logits_BCHW, or logits_BChw without `upsample`; dropout acts in train mode only."""
         logits_BChw = self.classify(self.dropout(self.features(x_B3HW)))
@@ -308,7 +319,7 @@ class MCDropoutFCN(nn.Module):
         if samples < 2:
             raise InputError(f"{samples} draws: a variance needs at least 2")
         modes = {module: module.training for module in self.modules()}
-        feature_BDhw = self.eval().features(x_B3HW)
+        feature_BDhw = self.eval()._features_that_fit(x_B3HW)
         for module, mode in modes.items():
             module.training = mode
         head = self.thinned(samples, seed), self.classify.bias
@@ -1418,6 +1429,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError, csv.Error) as error:
         reason = str(error).split("InputError: ")[-1]  # a worker's comes wrapped in its traceback
         print(f"balent_seg: {reason.strip()}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:  # smaller batches would train another network: BatchNorm's
+        print("balent_seg: the GPU's memory is too small for this --batch-size and --size: use a "
+              "smaller --batch-size or --size", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("balent_seg: stopped; the same command goes on from here", file=sys.stderr)
