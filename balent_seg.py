@@ -86,26 +86,28 @@ class InputError(ValueError):
 # ---- 1. Balanced entropy: the score of the paper, in closed form; needs only math and torch ------
 
 
-def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """f and rest, what is left of two large functions once beta_entropy's large terms cancel:
+def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, product and rest: what two large functions leave once beta_entropy's large terms cancel.
 
-        lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) y^(j - 1) f) - x + rest,    y = x + 4
+        lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) y^(j - 1/2) / product) - x + rest
 
-    By their recurrences both are functions of y, less a logarithm or sum over x, x + 1, x + 2 and
-    x + 3; at y >= 4 Stirling's remainders d = u/12 - u^3/360 + u^5/1260 and e = u^2/12 - u^4/120 +
-    u^6/252, u = 1/y, suffice. rest = d + (x - j) (u/2 + e) - sum_k (j + k)/(x + k), one polynomial
-    and a sum, and f = y^4.5 / prod_k (x + k) are free of cancellation, however large x is.
+    By the recurrences of lgamma and digamma both are functions of y = x + 4, less a logarithm or a
+    sum over x, x + 1, x + 2, x + 3; at y >= 4 Stirling's remainders d = u/12 - u^3/360 + u^5/1260
+    and e = u^2/12 - u^4/120 + u^6/252, u = 1/y, suffice. product = prod_k (x + k) / y^4 and rest =
+    d + (x - j) (u/2 + e) - sum_k (j + k) / (x + k), a polynomial and the sum, are without
+    cancellation, however large x is.
     """
     y, k = x + 4, j + 4
     u = 1 / y
     uu = u * u
-    rest = u * (-k / 252)
-    for c in (1 / 210, k / 120, -1 / 90, -k / 12, 1 / 6 - k / 2):
-        rest = (rest + c) * u
+    rest = 1 / 210 - u * (k / 252)
+    for c in u.new_tensor((k / 120, -1 / 90, -k / 12, 1 / 6 - k / 2, 1 / 2)):
+        rest = torch.addcmul(c, rest, u)  # c + rest u, in one pass over memory
     # In pairs: x (x + 3) = q, (x + 1) (x + 2) = q + 2, and likewise the sum's numerators.
     q, top = x * (x + 3), (2 * j + 3) * x + 3 * j
     q_2 = q + 2
-    return y.sqrt() / (q * uu * (q_2 * uu)), rest + 0.5 - (top / q + (top + 4) / q_2)
+    rest = rest.addcdiv(top, q, value=-1).addcdiv(top + 4, q_2, value=-1)
+    return y, q * uu * (q_2 * uu), rest
 
 
 def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -118,12 +120,11 @@ def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     Within 1e-5 of the exact value (float64: 5e-8), relative to max(1, |h|), for arguments to 1e10.
     """
     # CHOICE 2: no difference of large numbers, hence no epsilon in a logarithm and no clamp on h.
-    n = alpha + beta
-    f_a, rest_a = _stirling_rest(alpha, 1)
-    f_b, rest_b = _stirling_rest(beta, 1)
-    f_n, rest_n = _stirling_rest(n, 2)
-    scale = math.sqrt(2 * math.pi) * f_a * f_b / f_n / (n + 4)
-    return torch.log(scale) + (rest_a + rest_b - rest_n)
+    y_a, product_a, rest_a = _stirling_rest(alpha, 1)
+    y_b, product_b, rest_b = _stirling_rest(beta, 1)
+    y_n, product_n, rest_n = _stirling_rest(alpha + beta, 2)
+    scale = (2 * math.pi * (y_a / y_n) * (y_b / y_n) / y_n).sqrt()
+    return torch.log(scale * product_n / product_a / product_b) + (rest_a + rest_b - rest_n)
 
 
 def _entropy(prob: torch.Tensor, dim: int) -> torch.Tensor:
@@ -156,7 +157,7 @@ def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> tor
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, var = mean.to(dtype).movedim(dim, 0), var.to(dtype).movedim(dim, 0)
     # Blocks of pixels that fit a CPU's cache: sixty passes over whole maps would wait for memory.
-    block = max(1, (1 << 17 if mean.device.type == "cpu" else 1 << 24) // len(mean))
+    block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))
     pairs = zip(*(x.reshape(len(x), -1).split(block, 1) for x in (mean, var)), strict=True)
     return torch.cat([_balanced_entropy(m, v) for m, v in pairs]).reshape(mean.shape[1:])
 

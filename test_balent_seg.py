@@ -21,8 +21,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import unittest.mock
 import zipfile
 from pathlib import Path
 
@@ -34,6 +36,7 @@ import scipy.ndimage
 import scipy.special
 import torch
 import torch.nn.functional as F
+import torch.utils.flop_counter
 import torchvision
 from PIL import Image
 
@@ -1359,6 +1362,48 @@ def benchmark_loss(device, H: int, W: int, C: int, N: int = 20) -> None:
     print(f"loss and backward at {N} points of {H} x {W} x {C}: {ratio:.0f} times as fast as dense")
 
 
+def benchmark_round(device) -> None:
+    """A round at CamVid's size: where its time goes, beside the time of its arithmetic alone."""
+    cuda, row, protocol = device.type == "cuda", bs.DATASETS["synthetic"], (367, 233, 50)
+    train, test, epochs = protocol if cuda else (8, 8, 1)
+    row = row._replace(
+        splits={k: ("scenes", str(n)) for k, n in (("train", train), ("test", test))}
+    )
+    with tempfile.TemporaryDirectory() as out, unittest.mock.patch.dict(bs.DATASETS, synthetic=row):
+        config = bs.Config(size=(360, 480), arch="fcn_resnet50", weights="none", rounds=2,
+                           epochs=epochs, workers=0, out=out)  # fmt: skip
+        experiment = bs.Experiment(config)
+        seconds = experiment.run()[1]["seconds"]  # the first round warms up
+        model, frames = experiment.build().eval(), experiment.train
+    x = torch.rand(8, 3, 360, 480, device=device)
+    points = torch.zeros(8, 20, 3, device=device).long()
+
+    def data():
+        for _, image, _ in bs.batches(frames, torch.arange(train), 8, 0):
+            theta = bs.random_affine(len(image), torch.Generator())
+            bs.augment(image.to(device).float() / 255, points[: len(image)], theta)
+
+    product = torch.nn.Conv2d(512, 512, 3, padding=1).to(device, memory_format=torch.channels_last)
+    wide = torch.rand(8, 512, 45, 60, device=device).to(memory_format=torch.channels_last)
+    if cuda:
+        product, wide = product.bfloat16(), wide.bfloat16()
+    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(x)
+    flops = counter.get_total_flops() / 8
+    with torch.no_grad():
+        rate = 2 * 8 * 45 * 60 * 9 * 512**2 / timed(lambda: product(wide)) * 1000
+    passes = {"acquire": train, "train": 3 * train * epochs, "evaluate": test}
+    spent, floor = sum(seconds.values()), sum(passes.values()) * flops / rate
+    share = {k: f"{k} {v / spent:.0%}" for k, v in seconds.items()}
+    share["train"] += f" (data {timed(data) * epochs / 1000 / spent:.1%})"
+    whole = 367, 3 * 367 * 50, 233
+    hours = sum(seconds[k] / passes[k] * n for k, n in zip(passes, whole)) * 10 / 3600
+    print(f"a round at 360 x 480, {train} + {test} scenes, epochs {epochs}: "
+          f"{', '.join(share.values())}; {spent / floor:.2f} times its arithmetic ({flops / 1e9:.0f} "
+          f"GFLOP a forward pass, {rate / 1e12:.2g} TFLOP/s in a 3 x 3 convolution of 512 channels); "
+          f"10 rounds of 50 epochs on CamVid: {hours:.1f} hours")  # fmt: skip
+
+
 def benchmark() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
@@ -1372,6 +1417,7 @@ def benchmark() -> None:
         benchmark_loss(device, *shape)
         benchmark_training(device, *shape, 8 if device.type == "cuda" else 2)
         benchmark_memory(*shape)
+    benchmark_round(device)
 
 
 def element_wise_moments(model, x_B3HW, samples: int, seed: int) -> bs.Moments:
