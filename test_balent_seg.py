@@ -1399,9 +1399,9 @@ def benchmark_round(device) -> None:
     whole = 367, 3 * 367 * 50, 233
     hours = sum(seconds[k] / passes[k] * n for k, n in zip(passes, whole)) * 10 / 3600
     print(f"a round at 360 x 480, {train} + {test} scenes, epochs {epochs}: "
-          f"{', '.join(share.values())}; {spent / floor:.2f} times its arithmetic ({flops / 1e9:.0f} "
-          f"GFLOP a forward pass, {rate / 1e12:.2g} TFLOP/s in a 3 x 3 convolution of 512 channels); "
-          f"10 rounds of 50 epochs on CamVid: {hours:.1f} hours")  # fmt: skip
+          f"{', '.join(share.values())}; {spent / floor:.2f} times its arithmetic (a forward pass "
+          f"of {flops / 1e9:.0f} GFLOP; {rate / 1e12:.2g} TFLOP/s in a 3 x 3 convolution of 512 "
+          f"channels); 10 rounds of 50 epochs on CamVid: {hours:.1f} hours")  # fmt: skip
 
 
 def benchmark() -> None:
