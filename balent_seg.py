@@ -32,7 +32,8 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds wh
  3  Population variance: then v <= m (1 - m), and the Beta exists for every sample. Its sums are
     about the first draw: about 0, float32 would lose the small variances of sure pixels.
  4  Means and deviations below float32's resolution of a probability count as that resolution.
- 5  A draw is one mask over the feature channels, shared by all pixels and images of a round.
+ 5  A draw masks each position of the feature map by itself, as dropout does by default. With one
+    mask for all positions, BalEnt is >= 0 on more pixels, and its picks teach less (see README).
  6  Moments are of the upsampled probabilities at full resolution, not of the feature map's.
  7  Images are scored one by one, so picks cannot depend on batch size or number of processes.
  8  Every round trains from the initial weights: it depends on settings, labels and seed alone.
@@ -258,7 +259,7 @@ class MCDropoutFCN(nn.Module):
             raise InputError("small has no ImageNet weights: use --weights none or a file")
         make = _small_fcn if arch == "small" else _torchvision_fcn
         self.backbone, self.neck, channels = make(arch, weights)
-        self.dropout = nn.Dropout2d(dropout)  # drops whole channels: each draw thins the classifier
+        self.dropout = nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(channels, num_classes, 1)
         imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
@@ -301,21 +302,24 @@ class MCDropoutFCN(nn.Module):
         logits_BChw = self.classify(self.dropout(self.features(x_B3HW)))
         return _upsample(logits_BChw, x_B3HW.shape[-2:]) if upsample else logits_BChw
 
-    def thinned(self, samples: int, seed: int) -> Tensor:
-        """weight_TCD: the last layer under T dropout masks of its D inputs, fixed by `seed`."""
-        # CHOICE 5: a mask per draw, not per position. Each prediction has the same distribution,
-        # pixels are compared under common random numbers, and upsampling averages no noise away.
-        generator = torch.Generator().manual_seed(seed)
-        p, weight_CD = self.dropout.p, self.classify.weight[:, :, 0, 0]
-        keep_TD = torch.rand(samples, weight_CD.shape[1], generator=generator) >= p
-        return weight_CD * (keep_TD / (1 - p)).to(weight_CD)[:, None]
+    def masks(self, samples: int, seed: int, h: int, w: int) -> list[Tensor]:
+        """T masks mask_Dhw of the last layer's input, 0 or 1 / (1 - dropout), fixed by `seed`."""
+        # CHOICE 5: every position has masks of its own. A draw is a window into one random field.
+        # Windows lie two apart, so no two draws meet at a position nor at its neighbours, between
+        # which upsampling mixes: the draws of each pixel are independent, at 1 / T of the numbers.
+        side, p = math.ceil(samples**0.5), self.dropout.p
+        shape = self.classify.in_channels, h + 2 * side, w + 2 * side
+        field = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
+        field = (field / (1 - p)).to(self.classify.weight)
+        corners = ((2 * (t // side), 2 * (t % side)) for t in range(samples))
+        return [field[:, y : y + h, x : x + w] for y, x in corners]
 
     @torch.no_grad()
     def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:
         """Moments of the class probabilities over `samples` draws of the last layer's weights.
 
-        One pass of the trunk, in eval mode. The draws are fixed by `seed` and shared by all pixels
-        and images; at full resolution they are streamed, in float32: none is kept.
+        One pass of the trunk, in eval mode. The draws are fixed by `seed`, whatever the batch; at
+        full resolution they are streamed, in float32: none is kept.
         """
         if samples < 2:
             raise InputError(f"{samples} draws: a variance needs at least 2")
@@ -323,7 +327,7 @@ class MCDropoutFCN(nn.Module):
         feature_BDhw = self.eval()._features_that_fit(x_B3HW)
         for module, mode in modes.items():
             module.training = mode
-        head = self.thinned(samples, seed), self.classify.bias
+        head = self.masks(samples, seed, *feature_BDhw.shape[-2:]), self.classify
         (B, _, H, W), C = x_B3HW.shape, self.classify.out_channels
         moments = Moments(*feature_BDhw.new_zeros(2, B, C, H, W), feature_BDhw.new_zeros(B, H, W))
         for feature_Dhw, *image_moments in zip(feature_BDhw, *moments, strict=True):
@@ -335,23 +339,25 @@ def _upsample(x_BChw: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x_BChw, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _add_moments(feature_Dhw: Tensor, weight_TCD: Tensor, bias_C: Tensor,
+def _add_moments(feature_Dhw: Tensor, masks: list[Tensor], classify: nn.Conv2d,
                  mean_CHW: Tensor, var_CHW: Tensor, cond_entropy_HW: Tensor) -> None:  # fmt: skip
-    """Fill in the moments of softmax(_upsample(weight_t feature + bias)) over the draws t.
+    """Fill in the moments of softmax(_upsample(classify(mask * feature))) over the masks.
 
     Upsampling is two matrix products, over blocks of rows that fit a CPU's cache.
     """
-    (_, h, w), (C, H, W), T = feature_Dhw.shape, mean_CHW.shape, len(weight_TCD)
+    (_, h, w), (C, H, W), T = feature_Dhw.shape, mean_CHW.shape, len(masks)
+    weight_CD, bias_C11 = classify.weight[:, :, 0, 0], classify.bias[:, None, None]
     up_Hh = _upsample(torch.eye(h)[None, None], (H, h))[0, 0]
     up_wW = _upsample(torch.eye(w)[None, None], (w, W))[0, 0].to(feature_Dhw)
     rows = max(1, (1 << 18 if feature_Dhw.device.type == "cpu" else 1 << 24) // (C * W))
     blocks = (x.split(rows, -2) for x in (up_Hh, mean_CHW, var_CHW, cond_entropy_HW))
     for up_Rh, mean_CRW, var_CRW, cond_RW in zip(*blocks, strict=True):
-        seen_h = up_Rh.any(0)  # the rows of features that this block of R rows of pixels touches
-        up_Rh = up_Rh[:, seen_h].to(feature_Dhw)
-        seen_Dhw = feature_Dhw[:, seen_h.to(feature_Dhw.device)]
-        logits_TChw = torch.einsum("tcd,dhw->tchw", weight_TCD, seen_Dhw) + bias_C[:, None, None]
-        for t, logits_Chw in enumerate(logits_TChw):
+        low, high = up_Rh.any(0).nonzero()[[0, -1], 0].tolist()
+        seen = slice(low, high + 1)  # the rows of features that this block of R pixel rows touches
+        up_Rh, seen_Dhw = up_Rh[:, seen].to(feature_Dhw), feature_Dhw[:, seen].contiguous()
+        for t, mask_Dhw in enumerate(masks):
+            thinned_Dn = (seen_Dhw * mask_Dhw[:, seen]).flatten(1)
+            logits_Chw = (weight_CD @ thinned_Dn).view(C, -1, w) + bias_C11
             logits = up_Rh @ (logits_Chw @ up_wW)  # (C, R, W), as all that follows
             logits -= logits.amax(0)
             prob = logits.exp()  # CHOICE 6: the softmax is taken at full resolution
@@ -557,12 +563,12 @@ def score_image(model: MCDropoutFCN | None, acquisition: str, samples: int, seed
                 image_3HW: Tensor, i: int) -> Tensor:  # fmt: skip
     """score_HW of image i (uint8) in round r, higher = label first; random while there is no model.
 
-    Seed and round fix the draws of the weights, shared by all images; noise is the image's own.
+    Draws and noise are fixed by seed, round and image.
     """
     noise, shape = stream(NOISE, seed, r, i), image_3HW.shape[1:]
     if model is None or acquisition == "random":
         return torch.rand(shape, generator=noise).to(image_3HW.device)
-    draws = stream(DRAWS, seed, r).initial_seed()
+    draws = stream(DRAWS, seed, r, i).initial_seed()
     moments = model.mc_moments(image_3HW[None].float() / 255, samples, draws)
     return ACQUISITIONS[acquisition](moments, noise)[0]
 
