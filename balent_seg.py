@@ -259,7 +259,7 @@ class MCDropoutFCN(nn.Module):
             raise InputError("small has no ImageNet weights: use --weights none or a file")
         make = _small_fcn if arch == "small" else _torchvision_fcn
         self.backbone, self.neck, channels = make(arch, weights)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(dropout)  # for training; `masks` has those of the draws
         self.classify = nn.Conv2d(channels, num_classes, 1)
         imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
@@ -304,15 +304,16 @@ class MCDropoutFCN(nn.Module):
 
     def masks(self, samples: int, seed: int, h: int, w: int) -> list[Tensor]:
         """T masks mask_Dhw of the last layer's input, 0 or 1 / (1 - dropout), fixed by `seed`."""
-        # CHOICE 5: every position has masks of its own. A draw is a window into one random field.
-        # Windows lie two apart, so no two draws meet at a position nor at its neighbours, between
-        # which upsampling mixes: the draws of each pixel are independent, at 1 / T of the numbers.
-        side, p = math.ceil(samples**0.5), self.dropout.p
-        shape = self.classify.in_channels, h + 2 * side, w + 2 * side
-        field = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
-        field = (field / (1 - p)).to(self.classify.weight)
+        # CHOICE 5: every position has a mask of its own. A draw is a window into a periodic random
+        # field. Windows lie two apart, so no two draws meet at a position or at its neighbours,
+        # between which upsampling mixes: the draws of a pixel are independent, at little cost.
+        p, side = self.dropout.p, math.ceil(samples**0.5)
+        shape = self.classify.in_channels, 2 * side, 2 * side
+        tile_Dyx = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
+        tile_Dyx = (tile_Dyx / (1 - p)).to(self.classify.weight)
+        field_Dyx = tile_Dyx.repeat(1, h // (2 * side) + 2, w // (2 * side) + 2)
         corners = ((2 * (t // side), 2 * (t % side)) for t in range(samples))
-        return [field[:, y : y + h, x : x + w] for y, x in corners]
+        return [field_Dyx[:, y : y + h, x : x + w] for y, x in corners]
 
     @torch.no_grad()
     def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:

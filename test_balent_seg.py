@@ -3,8 +3,11 @@
 python -m pytest -q test_balent_seg.py        the tests, in minutes on a CPU
 python test_balent_seg.py                     the benchmark
 python test_balent_seg.py runs/...-seed0 ...  what these runs picked, and what the picks depend on
+python test_balent_seg.py H-twice --out ...   a run of balent_seg with a choice made the other way:
+                                              H-twice or shared-masks
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -252,13 +255,13 @@ def small(classes=4, dropout=0.3, seed=0):
     return model
 
 
-def test_moments_are_those_of_explicit_passes_through_thinned_classifiers():
+def test_moments_are_those_of_explicit_passes_through_masked_features():
     model, x = small().eval(), torch.rand(2, 3, 37, 50)
     moments = model.mc_moments(x, samples=7, seed=3)
     with torch.no_grad():
         feature, probs = model.features(x), []
-        for weight_CD in model.thinned(7, 3):
-            logits = F.conv2d(feature, weight_CD[:, :, None, None], model.classify.bias)
+        for mask_Dhw in model.masks(7, 3, *feature.shape[-2:]):
+            logits = model.classify(feature * mask_Dhw)
             logits = F.interpolate(logits, size=(37, 50), mode="bilinear", align_corners=False)
             probs.append(logits.double().softmax(1))
     prob = torch.stack(probs)
@@ -272,17 +275,30 @@ def test_moments_are_those_of_explicit_passes_through_thinned_classifiers():
 
 
 def test_many_draws_have_the_moments_of_element_wise_dropout():
-    model, x, T = small(), torch.rand(1, 3, 6, 6), 6000
-    model.backbone = torch.nn.Conv2d(3, 192, 1)  # stride 1: no upsampling between mask and pixel
+    model, x, T = small(), torch.rand(1, 3, 12, 16), 6000
+    model.backbone = torch.nn.Conv2d(3, 192, 4, 4)  # upsampling mixes positions
     moments = model.mc_moments(x, T)
     with torch.no_grad():
         feature = model.features(x)
-        probs = [model.classify(F.dropout(feature, 0.3)).softmax(1) for _ in range(T)]
-    prob = torch.stack(probs)
+        logits = (model.classify(F.dropout(feature, 0.3)) for _ in range(T))
+        prob = torch.stack(
+            [bs._upsample(logits_BChw, (12, 16)).softmax(1) for logits_BChw in logits]
+        )
     error = prob.std(0) / T**0.5  # of each mean
     assert ((moments.mean_BCHW - prob.mean(0)).abs() < 6 * error + 1e-4).all()
     square_error = (prob - prob.mean(0)).square().std(0) / T**0.5
     assert ((moments.var_BCHW - prob.var(0)).abs() < 6 * square_error + 1e-4).all()
+
+
+@pytest.mark.parametrize("T", [2, 7, 50, 64])
+def test_draws_of_a_pixel_share_no_mask_even_with_its_neighbours(T):
+    """The masks around a position, which a pixel there mixes, are all different random numbers."""
+    values = torch.stack(small(dropout=0.3).masks(T, 0, 20, 21))
+    assert values.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert values.shape == (T, 192, 20, 21) and abs((values > 0).float().mean() - 0.7) < 0.02
+    for y, x in ((0, 0), (2, 3), (15, 15), (18, 19)):
+        around = values[:, :, y : y + 2, x : x + 2].movedim(1, -1).reshape(-1, 192)
+        assert len(around.unique(dim=0)) == 4 * T  # 192 coin flips are never alike by chance
 
 
 def test_moments_do_not_depend_on_batch_mode_or_what_came_before():
@@ -343,8 +359,9 @@ def test_small_variances_survive_float32():
     x = torch.rand(1, 3, 4, 4)
     with torch.no_grad():
         feature = model.features(x).double()
-        logits = torch.einsum("tcd,bdhw->tbchw", model.thinned(50, 0).double(), feature)
-        prob = (logits + model.classify.bias.double()[:, None, None]).softmax(2)
+        masked = [feature * mask_Dhw.double() for mask_Dhw in model.masks(50, 0, 4, 4)]
+        prob = torch.stack([model.double().classify(x) for x in masked]).softmax(2)
+    model.float()
     var = prob.var(0, correction=0)
     assert var.min() < 1e-6
     assert torch.allclose(model.mc_moments(x, 50).var_BCHW.double(), var, rtol=0.02, atol=1e-13)
@@ -1420,23 +1437,24 @@ def benchmark() -> None:
     benchmark_round(device)
 
 
-def element_wise_moments(model, x_B3HW, samples: int, seed: int) -> bs.Moments:
-    """Like mc_moments, with a mask of its own at each position of the feature map (CHOICE 5)."""
+def shared_masks(model, samples: int, seed: int, h: int, w: int) -> list[torch.Tensor]:
+    """Like MCDropoutFCN.masks, but one mask for all positions: a draw thins the last layer."""
     generator, p = torch.Generator().manual_seed(seed), model.dropout.p
-    feature_BDhw, probs = model.eval().features(x_B3HW), []
-    for _ in range(samples):
-        keep = (torch.rand(feature_BDhw.shape, generator=generator) >= p) / (1 - p)
-        logits_BChw = model.classify(feature_BDhw * keep.to(feature_BDhw))
-        probs.append(bs._upsample(logits_BChw, x_B3HW.shape[-2:]).softmax(1))
-    prob = torch.stack(probs)
-    return bs.Moments(prob.mean(0), prob.var(0, correction=0), bs._entropy(prob, 2).mean(0))
+    keep_TD = torch.rand(samples, model.classify.in_channels, generator=generator) >= p
+    return [(keep_D / (1 - p))[:, None, None].expand(-1, h, w) for keep_D in keep_TD]
 
 
-def entropy_twice(moments: bs.Moments) -> torch.Tensor:
+def entropy_twice(moments: bs.Moments, generator=None) -> torch.Tensor:
     """The score with H(m) twice in MJEnt, as public code had it (CHOICE 1)."""
     H_BHW = bs._entropy(moments.mean_BCHW, 1)
     wrong_BHW = bs.balanced_entropy(*moments[:2]) + H_BHW / (H_BHW + math.log(2))
     return torch.where(wrong_BHW >= 0, 1 / wrong_BHW.clamp(min=1e-30), wrong_BHW)
+
+
+VARIANTS = {
+    "H-twice": unittest.mock.patch.dict(bs.ACQUISITIONS, balent=entropy_twice),
+    "shared-masks": unittest.mock.patch.object(bs.MCDropoutFCN, "masks", shared_masks),
+}
 
 
 def open_run(folder: Path) -> tuple:
@@ -1491,7 +1509,8 @@ def what_changes_the_picks(config, model, train, points, step: int = 6) -> None:
         free_HW[points[i][:, 0], points[i][:, 1]] = False
         moments = {name: model.mc_moments(x, *how) for name, how in others.items()}
         ours = model.mc_moments(x, 50, 1)
-        moments["element-wise masks"] = element_wise_moments(model, x, 50, 1)
+        with VARIANTS["shared-masks"]:
+            moments["masks shared by all positions"] = model.mc_moments(x, 50, 1)
         balent = bs.ACQUISITIONS["balent"]
         found = {name: balent(m) for name, m in moments.items()} | {"H twice": entropy_twice(ours)}
         found |= {name: f(ours) for name, f in bs.ACQUISITIONS.items() if name != "balent"}
@@ -1512,16 +1531,18 @@ def what_changes_the_picks(config, model, train, points, step: int = 6) -> None:
         scores.setdefault("picks", []).append(value_HW[at[:, 0], at[:, 1]].abs())
         for p in rates:
             model.dropout.p = p
-            for kind, m in (("shared", model.mc_moments(x, 50, 1)),
-                            ("element-wise", element_wise_moments(model, x, 50, 1))):  # fmt: skip
-                value = (bs.balanced_entropy(*m[:2])[0][free_HW] >= 0).float().mean()
+            for kind, context in (("own", contextlib.nullcontext()),
+                                  ("shared", VARIANTS["shared-masks"])):  # fmt: skip
+                with context:
+                    value_BHW = bs.balanced_entropy(*model.mc_moments(x, 50, 1)[:2])
+                value = (value_BHW[0][free_HW] >= 0).float().mean()
                 positive.setdefault((kind, p), []).append(value)
         model.dropout.p = config.dropout
     print(f"  median |BalEnt| at its picks {torch.cat(scores['picks']).median():.1e}")
     for name, pairs in shared.items():
         picks, top = np.mean(pairs, 0)
         print(f"  with {name}: {picks:.1%} of the picks and {top:.1%} of the best 5 % are the same")
-    for kind in ("shared", "element-wise"):
+    for kind in ("own", "shared"):
         share = ", ".join(f"{np.mean(positive[kind, p]):.1%} at {p}" for p in rates)
         print(f"  BalEnt >= 0, {kind} masks, by dropout rate: {share}")
 
@@ -1540,6 +1561,9 @@ def study(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in VARIANTS:
+        with VARIANTS[sys.argv[1]]:
+            sys.exit(bs.main(sys.argv[2:]))
     for run in sys.argv[1:]:
         study(Path(run))
     if not sys.argv[1:]:
