@@ -303,17 +303,17 @@ class MCDropoutFCN(nn.Module):
         return _upsample(logits_BChw, x_B3HW.shape[-2:]) if upsample else logits_BChw
 
     def masks(self, samples: int, seed: int, h: int, w: int) -> list[Tensor]:
-        """T masks mask_Dhw of the last layer's input, 0 or 1 / (1 - dropout), fixed by `seed`."""
+        """T masks mask_hwD of the last layer's input, 0 or 1 / (1 - dropout), fixed by `seed`."""
         # CHOICE 5: every position has a mask of its own. A draw is a window into a periodic random
         # field. Windows lie two apart, so no two draws meet at a position or at its neighbours,
         # between which upsampling mixes: the draws of a pixel are independent, at little cost.
         p, side = self.dropout.p, math.ceil(samples**0.5)
-        shape = self.classify.in_channels, 2 * side, 2 * side
-        tile_Dyx = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
-        tile_Dyx = (tile_Dyx / (1 - p)).to(self.classify.weight)
-        field_Dyx = tile_Dyx.repeat(1, h // (2 * side) + 2, w // (2 * side) + 2)
+        shape = 2 * side, 2 * side, self.classify.in_channels
+        tile_yxD = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
+        tile_yxD = (tile_yxD / (1 - p)).to(self.classify.weight)
+        field_yxD = tile_yxD.repeat(h // (2 * side) + 2, w // (2 * side) + 2, 1)
         corners = ((2 * (t // side), 2 * (t % side)) for t in range(samples))
-        return [field_Dyx[:, y : y + h, x : x + w] for y, x in corners]
+        return [field_yxD[y : y + h, x : x + w] for y, x in corners]
 
     @torch.no_grad()
     def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:
@@ -332,7 +332,7 @@ class MCDropoutFCN(nn.Module):
         (B, _, H, W), C = x_B3HW.shape, self.classify.out_channels
         moments = Moments(*feature_BDhw.new_zeros(2, B, C, H, W), feature_BDhw.new_zeros(B, H, W))
         for feature_Dhw, *image_moments in zip(feature_BDhw, *moments, strict=True):
-            _add_moments(feature_Dhw, *head, *image_moments)
+            _add_moments(feature_Dhw.permute(1, 2, 0).contiguous(), *head, *image_moments)
         return moments
 
 
@@ -340,25 +340,26 @@ def _upsample(x_BChw: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x_BChw, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _add_moments(feature_Dhw: Tensor, masks: list[Tensor], classify: nn.Conv2d,
+def _add_moments(feature_hwD: Tensor, masks: list[Tensor], classify: nn.Conv2d,
                  mean_CHW: Tensor, var_CHW: Tensor, cond_entropy_HW: Tensor) -> None:  # fmt: skip
     """Fill in the moments of softmax(_upsample(classify(mask * feature))) over the masks.
 
     Upsampling is two matrix products, over blocks of rows that fit a CPU's cache.
     """
-    (_, h, w), (C, H, W), T = feature_Dhw.shape, mean_CHW.shape, len(masks)
+    (h, w, _), (C, H, W), T = feature_hwD.shape, mean_CHW.shape, len(masks)
     weight_CD, bias_C11 = classify.weight[:, :, 0, 0], classify.bias[:, None, None]
     up_Hh = _upsample(torch.eye(h)[None, None], (H, h))[0, 0]
-    up_wW = _upsample(torch.eye(w)[None, None], (w, W))[0, 0].to(feature_Dhw)
-    rows = max(1, (1 << 18 if feature_Dhw.device.type == "cpu" else 1 << 24) // (C * W))
+    up_wW = _upsample(torch.eye(w)[None, None], (w, W))[0, 0].to(feature_hwD)
+    # But not so few that blocks share most of their rows of features, which each multiplies anew.
+    rows = max(24, (1 << 18 if feature_hwD.device.type == "cpu" else 1 << 24) // (C * W))
     blocks = (x.split(rows, -2) for x in (up_Hh, mean_CHW, var_CHW, cond_entropy_HW))
     for up_Rh, mean_CRW, var_CRW, cond_RW in zip(*blocks, strict=True):
         low, high = up_Rh.any(0).nonzero()[[0, -1], 0].tolist()
         seen = slice(low, high + 1)  # the rows of features that this block of R pixel rows touches
-        up_Rh, seen_Dhw = up_Rh[:, seen].to(feature_Dhw), feature_Dhw[:, seen].contiguous()
-        for t, mask_Dhw in enumerate(masks):
-            thinned_Dn = (seen_Dhw * mask_Dhw[:, seen]).flatten(1)
-            logits_Chw = (weight_CD @ thinned_Dn).view(C, -1, w) + bias_C11
+        up_Rh = up_Rh[:, seen].to(feature_hwD)
+        for t, mask_hwD in enumerate(masks):
+            thinned_hwD = feature_hwD[seen] * mask_hwD[seen]
+            logits_Chw = (weight_CD @ thinned_hwD.flatten(0, 1).T).view(C, -1, w) + bias_C11
             logits = up_Rh @ (logits_Chw @ up_wW)  # (C, R, W), as all that follows
             logits -= logits.amax(0)
             prob = logits.exp()  # CHOICE 6: the softmax is taken at full resolution

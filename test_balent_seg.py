@@ -260,8 +260,8 @@ def test_moments_are_those_of_explicit_passes_through_masked_features():
     moments = model.mc_moments(x, samples=7, seed=3)
     with torch.no_grad():
         feature, probs = model.features(x), []
-        for mask_Dhw in model.masks(7, 3, *feature.shape[-2:]):
-            logits = model.classify(feature * mask_Dhw)
+        for mask_hwD in model.masks(7, 3, *feature.shape[-2:]):
+            logits = model.classify(feature * mask_hwD.permute(2, 0, 1))
             logits = F.interpolate(logits, size=(37, 50), mode="bilinear", align_corners=False)
             probs.append(logits.double().softmax(1))
     prob = torch.stack(probs)
@@ -295,9 +295,9 @@ def test_draws_of_a_pixel_share_no_mask_even_with_its_neighbours(T):
     """The masks around a position, which a pixel there mixes, are all different random numbers."""
     values = torch.stack(small(dropout=0.3).masks(T, 0, 20, 21))
     assert values.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert values.shape == (T, 192, 20, 21) and abs((values > 0).float().mean() - 0.7) < 0.02
+    assert values.shape == (T, 20, 21, 192) and abs((values > 0).float().mean() - 0.7) < 0.02
     for y, x in ((0, 0), (2, 3), (15, 15), (18, 19)):
-        around = values[:, :, y : y + 2, x : x + 2].movedim(1, -1).reshape(-1, 192)
+        around = values[:, y : y + 2, x : x + 2].reshape(-1, 192)
         assert len(around.unique(dim=0)) == 4 * T  # 192 coin flips are never alike by chance
 
 
@@ -355,11 +355,12 @@ def test_small_variances_survive_float32():
     model = small(classes=2)
     model.backbone = torch.nn.Conv2d(3, 192, 1)
     with torch.no_grad():
-        model.classify.bias.copy_(torch.tensor([9.0, 0.0]))
+        model.classify.bias.copy_(torch.tensor([11.0, 0.0]))
     x = torch.rand(1, 3, 4, 4)
     with torch.no_grad():
         feature = model.features(x).double()
-        masked = [feature * mask_Dhw.double() for mask_Dhw in model.masks(50, 0, 4, 4)]
+        masks_TDhw = torch.stack(model.masks(50, 0, 4, 4)).permute(0, 3, 1, 2)
+        masked = [feature * mask_Dhw.double() for mask_Dhw in masks_TDhw]
         prob = torch.stack([model.double().classify(x) for x in masked]).softmax(2)
     model.float()
     var = prob.var(0, correction=0)
@@ -1441,7 +1442,7 @@ def shared_masks(model, samples: int, seed: int, h: int, w: int) -> list[torch.T
     """Like MCDropoutFCN.masks, but one mask for all positions: a draw thins the last layer."""
     generator, p = torch.Generator().manual_seed(seed), model.dropout.p
     keep_TD = torch.rand(samples, model.classify.in_channels, generator=generator) >= p
-    return [(keep_D / (1 - p))[:, None, None].expand(-1, h, w) for keep_D in keep_TD]
+    return [(keep_D / (1 - p)).expand(h, w, -1) for keep_D in keep_TD]
 
 
 def entropy_twice(moments: bs.Moments, generator=None) -> torch.Tensor:
