@@ -929,12 +929,8 @@ NATURAL = {"type": int, "ok": lambda v: 0 <= v < 2**31, "needs": "a whole number
 RATE = {"type": float, "ok": lambda v: 0 <= v < 1, "needs": "a number in [0, 1)"}
 # Of this process: the processes that torchrun starts on a machine share its cores.
 WORKERS = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-PROTOCOL = {
-    "rounds": 10,
-    "epochs": 50,
-    "arch": "fcn_resnet50",
-    "lr": 5e-4,
-}  # rounds, epochs: PixelPick's
+# Rounds and epochs are PixelPick's.
+PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}
 
 
 @dataclass(frozen=True)
