@@ -12,13 +12,13 @@ Score   Woo: Active Learning in Bayesian Neural Networks with Balanced Entropy L
 Read sections 1 (the score), 3 (the network and its moments), 7 (picking) and `run` in 9 (the loop).
 Section 1 needs only `math` and `torch` and can be copied alone.
 
-Dimensions   B image in a batch   C class       D feature channel   T draw of the weights
+Dimensions   B image in a batch   C class       D feature channel   T draw of the masks
              H W pixel            h w feature   N point   R row     2, 3 axes: x y; y x class; RGB
 
 Symbol        meaning                                        name in the code
 P_i           probability of class i under one draw          prob
 m, v          mean and variance of P_i over the draws        mean_BCHW, var_BCHW
-alpha, beta   the Beta distribution with these moments       alpha, beta
+alpha, beta   the Beta distribution with these moments       m * s, (1 - m) * s
 P_i^+         its conjugate posterior Beta(alpha + 1, beta)  (arguments of beta_entropy)
 h(.)          differential entropy of a Beta, nats           beta_entropy
 H(.)          Shannon entropy over the classes, nats         _entropy
@@ -28,12 +28,13 @@ BalEntAcq     the score, higher = label first                balent_acquisition
 
 Choices where the paper is silent or public code differs; `grep CHOICE` finds where each acts.
  1  H(m) enters MJEnt once. The public code of the ICLR paper added it twice until August 2025.
- 2  h by a cancellation-free form, exact to float32; that code's clamps move it by 0.1 nat and more.
- 3  Population variance: then v <= m (1 - m), and the Beta exists for every sample. Its sums are
-    about the first draw: about 0, float32 would lose the small variances of sure pixels.
- 4  Means and deviations below float32's resolution of a probability count as that resolution.
- 5  A draw masks each position of the feature map by itself, as dropout does by default. With one
-    mask for all positions, BalEnt is >= 0 on more pixels, and its picks teach less (see README).
+ 2  h by a form without cancellation, for float32; that code's clamps move it by 0.1 nat and more.
+ 3  Population variance: then v <= m (1 - m), as a Beta needs, for every sample. Its sums are about
+    the first draw: about 0, float32 would lose the small variances of sure pixels.
+ 4  Means and deviations below the dtype's resolution of a probability count as that resolution.
+ 5  A draw masks each position of the feature map by itself, as dropout does by default, and not all
+    alike: then upsampling averages part of the noise, and BalEnt is >= 0 on fewer pixels. Training
+    drops whole channels of an image, which at a position is the same.
  6  Moments are of the upsampled probabilities at full resolution, not of the feature map's.
  7  Images are scored one by one, so picks cannot depend on batch size or number of processes.
  8  Every round trains from the initial weights: it depends on settings, labels and seed alone.
@@ -88,22 +89,23 @@ class InputError(ValueError):
 
 
 def _stirling_rest(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, product and rest: what two large functions leave once beta_entropy's large terms cancel.
+    """y, product and rest: the parts of a large function that outlive beta_entropy's cancellation.
 
         lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) y^(j - 1/2) / product) - x + rest
 
-    By the recurrences of lgamma and digamma both are functions of y = x + 4, less a logarithm or a
-    sum over x, x + 1, x + 2, x + 3; at y >= 4 Stirling's remainders d = u/12 - u^3/360 + u^5/1260
-    and e = u^2/12 - u^4/120 + u^6/252, u = 1/y, suffice. product = prod_k (x + k) / y^4 and rest =
-    d + (x - j) (u/2 + e) - sum_k (j + k) / (x + k), a polynomial and the sum, are without
-    cancellation, however large x is.
+    j is 1 for alpha and beta, 2 for alpha + beta. By their recurrences lgamma and digamma of x are
+    those of y = x + 4, less a logarithm or a sum over x + i, i = 0..3. There, with u = 1/y <= 1/4,
+    lgamma(y) = (y - 1/2) ln y - y + ln sqrt(2 pi) + d and digamma(y) = ln y - u/2 - e, where
+    d = u/12 - u^3/360 + u^5/1260 and e = u^2/12 - u^4/120 + u^6/252 suffice. Hence product =
+    prod_i (x + i) / y^4 and rest = d + (x - j) (u/2 + e) - sum_i (j + i) / (x + i): a polynomial
+    in u less a sum, both of the size of 1 or of 1 / x, so float32 loses nothing.
     """
-    y, k = x + 4, j + 4
+    y, k = x + 4, j + 4  # x - j = 1 / u - k
     u = 1 / y
     uu = u * u
     rest = 1 / 210 - u * (k / 252)
-    for c in u.new_tensor((k / 120, -1 / 90, -k / 12, 1 / 6 - k / 2, 1 / 2)):
-        rest = torch.addcmul(c, rest, u)  # c + rest u, in one pass over memory
+    for c in (k / 120, -1 / 90, -k / 12, 1 / 6 - k / 2, 1 / 2):
+        rest = torch.addcmul(u.new_full((), c), rest, u)  # c + rest u, in one pass over memory
     # In pairs: x (x + 3) = q, (x + 1) (x + 2) = q + 2, and likewise the sum's numerators.
     q, top = x * (x + 3), (2 * j + 3) * x + 3 * j
     q_2 = q + 2
@@ -118,7 +120,7 @@ def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
             + (n - 2) digamma(n),    n = alpha + beta
 
     Those terms are of size n ln n and their sum is not, so the large parts are cancelled by hand.
-    Within 1e-5 of the exact value (float64: 5e-8), relative to max(1, |h|), for arguments to 1e10.
+    Within 1e-5 of the exact value (float64: 5e-8), relative to max(1, |h|), for arguments to 1e13.
     """
     # CHOICE 2: no difference of large numbers, hence no epsilon in a logarithm and no clamp on h.
     y_a, product_a, rest_a = _stirling_rest(alpha, 1)
@@ -135,7 +137,7 @@ def _entropy(prob: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _balanced_entropy(mean_CN: torch.Tensor, var_CN: torch.Tensor) -> torch.Tensor:
     """BalEnt of N pixels, by the formulas that `balanced_entropy` states."""
-    # CHOICE 4: eps, the spacing of floats below 1, is the resolution of a probability and of its
+    # CHOICE 4: eps, the spacing of floats above 1, is the resolution of a probability and of its
     # deviation: a one-hot mean, or draws that all agree, is as certain as floats can tell, no more.
     eps = torch.finfo(mean_CN.dtype).eps
     m = mean_CN.clamp(eps, 1 - eps)
@@ -177,7 +179,7 @@ def balent_acquisition(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> t
 
 
 class Moments(NamedTuple):
-    """What T draws of the weights say of each pixel: all that an acquisition function needs."""
+    """What T draws of the masks say of each pixel: all that an acquisition function needs."""
 
     mean_BCHW: Tensor  # E[P]
     var_BCHW: Tensor  # Var[P], the population variance
@@ -288,14 +290,14 @@ class MCDropoutFCN(nn.Module):
             out = self.backbone(self.normalise(x_B3HW))
             return self.neck(out["out"] if isinstance(out, dict) else out).float()
 
-    def _features_that_fit(self, x_B3HW: Tensor) -> Tensor:
-        """`features` in eval mode, by halves of the batch where a GPU's memory is too small."""
+    def _features_by_halves(self, x_B3HW: Tensor) -> Tensor:
+        """`features`, by halves of the batch where a GPU's memory is too small."""
         try:
             return self.features(x_B3HW)
         except torch.OutOfMemoryError:
             if len(x_B3HW) == 1:
                 raise
-        return torch.cat([self._features_that_fit(half) for half in x_B3HW.chunk(2)])
+        return torch.cat([self._features_by_halves(half) for half in x_B3HW.chunk(2)])
 
     def forward(self, x_B3HW: Tensor, upsample: bool = True) -> Tensor:
         """logits_BCHW, or logits_BChw without `upsample`; dropout acts in train mode only."""
@@ -304,20 +306,20 @@ class MCDropoutFCN(nn.Module):
 
     def masks(self, samples: int, seed: int, h: int, w: int) -> list[Tensor]:
         """T masks mask_hwD of the last layer's input, 0 or 1 / (1 - dropout), fixed by `seed`."""
-        # CHOICE 5: every position has a mask of its own. A draw is a window into a periodic random
-        # field. Windows lie two apart, so no two draws meet at a position or at its neighbours,
-        # between which upsampling mixes: the draws of a pixel are independent, at little cost.
-        p, side = self.dropout.p, math.ceil(samples**0.5)
-        shape = 2 * side, 2 * side, self.classify.in_channels
-        tile_yxD = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
-        tile_yxD = (tile_yxD / (1 - p)).to(self.classify.weight)
-        field_yxD = tile_yxD.repeat(h // (2 * side) + 2, w // (2 * side) + 2, 1)
-        corners = ((2 * (t // side), 2 * (t % side)) for t in range(samples))
-        return [field_yxD[y : y + h, x : x + w] for y, x in corners]
+        # CHOICE 5: a draw is a window into a random field that repeats every 2 sqrt(T) positions.
+        # Windows lie two apart, so among the 2 x 2 positions that upsampling mixes into a pixel no
+        # mask occurs twice, and the draws of a pixel are independent: at the price of few numbers.
+        p, period = self.dropout.p, 2 * math.ceil(samples**0.5)
+        shape = period, period, self.classify.in_channels
+        tile_hwD = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
+        tile_hwD = (tile_hwD / (1 - p)).to(self.classify.weight)
+        field_hwD = tile_hwD.repeat(h // period + 2, w // period + 2, 1)
+        even = range(0, period, 2)
+        return [field_hwD[y : y + h, x : x + w] for y in even for x in even][:samples]
 
     @torch.no_grad()
     def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:
-        """Moments of the class probabilities over `samples` draws of the last layer's weights.
+        """Moments of the class probabilities over `samples` draws of the dropout masks.
 
         One pass of the trunk, in eval mode. The draws are fixed by `seed`, whatever the batch; at
         full resolution they are streamed, in float32: none is kept.
@@ -325,9 +327,11 @@ class MCDropoutFCN(nn.Module):
         if samples < 2:
             raise InputError(f"{samples} draws: a variance needs at least 2")
         modes = {module: module.training for module in self.modules()}
-        feature_BDhw = self.eval()._features_that_fit(x_B3HW)
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            feature_BDhw = self.eval()._features_by_halves(x_B3HW)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         head = self.masks(samples, seed, *feature_BDhw.shape[-2:]), self.classify
         (B, _, H, W), C = x_B3HW.shape, self.classify.out_channels
         moments = Moments(*feature_BDhw.new_zeros(2, B, C, H, W), feature_BDhw.new_zeros(B, H, W))
@@ -350,7 +354,7 @@ def _add_moments(feature_hwD: Tensor, masks: list[Tensor], classify: nn.Conv2d,
     weight_CD, bias_C11 = classify.weight[:, :, 0, 0], classify.bias[:, None, None]
     up_Hh = _upsample(torch.eye(h)[None, None], (H, h))[0, 0]
     up_wW = _upsample(torch.eye(w)[None, None], (w, W))[0, 0].to(feature_hwD)
-    # But not so few that blocks share most of their rows of features, which each multiplies anew.
+    # At least 24: neighbouring blocks share rows of features, and each computes theirs anew.
     rows = max(24, (1 << 18 if feature_hwD.device.type == "cpu" else 1 << 24) // (C * W))
     blocks = (x.split(rows, -2) for x in (up_Hh, mean_CHW, var_CHW, cond_entropy_HW))
     for up_Rh, mean_CRW, var_CRW, cond_RW in zip(*blocks, strict=True):
@@ -360,7 +364,7 @@ def _add_moments(feature_hwD: Tensor, masks: list[Tensor], classify: nn.Conv2d,
         for t, mask_hwD in enumerate(masks):
             thinned_hwD = feature_hwD[seen] * mask_hwD[seen]
             logits_Chw = (weight_CD @ thinned_hwD.flatten(0, 1).T).view(C, -1, w) + bias_C11
-            logits = up_Rh @ (logits_Chw @ up_wW)  # (C, R, W), as all that follows
+            logits = up_Rh @ (logits_Chw @ up_wW)  # (C, R, W)
             logits -= logits.amax(0)
             prob = logits.exp()  # CHOICE 6: the softmax is taken at full resolution
             norm = prob.sum(0)
@@ -376,7 +380,7 @@ def _add_moments(feature_hwD: Tensor, masks: list[Tensor], classify: nn.Conv2d,
             cond_RW += cond
         mean_CRW /= T  # CHOICE 3: by T, not T - 1
         var_CRW[:] = (var_CRW / T - mean_CRW * mean_CRW).clamp_(min=0)
-        mean_CRW += first
+        mean_CRW.add_(first).clamp_(min=0)  # sums round
         cond_RW /= T
 
 
@@ -949,7 +953,7 @@ class Config:
     arch: str | None = option(None, "network", choices=ARCHS)
     weights: str | None = option(None, "imagenet, none, or a file [imagenet; small none]")
     dropout: float = option(0.2, "dropout rate before the last layer", **RATE)
-    mc_samples: int = option(50, "draws of the weights", **POSITIVE | {
+    mc_samples: int = option(50, "draws of the dropout masks", **POSITIVE | {
         "ok": lambda v: v > 1, "needs": "a whole number from 2"})
     top: float = option(0.0, "pick at random among this best fraction; PixelPick: 0.05", **RATE)
     size: tuple[int, int] | None = option(None, "working size [the dataset's]", type=int, nargs=2,
@@ -1422,7 +1426,7 @@ def parse(argv: Sequence[str] | None) -> list[Config]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 0, or 2 after one line that says what to mend."""
+    """The command line. Exit code 0; 2 after one line that says what to mend; 130 if stopped."""
     try:
         configs = [complete(config) for config in parse(argv)]
         histories = [run(config) for config in configs]
@@ -1435,9 +1439,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error).split("InputError: ")[-1]  # a worker's comes wrapped in its traceback
         print(f"balent_seg: {reason.strip()}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:  # smaller batches would train another network: BatchNorm's
-        print("balent_seg: the GPU's memory is too small for this --batch-size and --size: use a "
-              "smaller --batch-size or --size", file=sys.stderr)  # fmt: skip
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        # Not halved as in scoring: BatchNorm's statistics, and so the network, would differ.
+        print("balent_seg: the GPU's memory is too small: use a smaller --batch-size or --size "
+              "and another --out", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("balent_seg: stopped; the same command goes on from here", file=sys.stderr)

@@ -92,8 +92,9 @@ def exact_beta_entropy(a: float, b: float) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_beta_entropy_is_exact_over_the_whole_plane(dtype):
-    alpha = torch.tensor(1 + 10.0 ** np.linspace(-8, 10, 37), dtype=dtype)
-    beta = torch.tensor(10.0 ** np.linspace(-3, 10, 40), dtype=dtype)
+    powers = 10.0 ** np.linspace(-8, 13, 43)
+    alpha = torch.tensor([*powers, *(1 + powers)], dtype=dtype)
+    beta = torch.tensor(powers, dtype=dtype)
     alpha, beta = (x.flatten() for x in torch.meshgrid(alpha, beta, indexing="ij"))
     exact = [exact_beta_entropy(a, b) for a, b in zip(alpha.tolist(), beta.tolist(), strict=True)]
     exact = torch.tensor(exact, dtype=torch.float64)
@@ -166,12 +167,19 @@ def test_acquisition_prefers_where_balent_crosses_zero_from_above():
     assert bs.balent_acquisition(torch.ones(1, 1), torch.zeros(1, 1)).isfinite()
 
 
+def test_score_of_a_pixel_does_not_depend_on_how_many_there_are():
+    mean, var, _ = softmax_moments(T=4, C=11, shape=(60000,))  # more than a block
+    value = bs.balanced_entropy(mean, var, 0)
+    for part in (slice(0, 9), slice(23000, 25000), slice(59990, 60000)):
+        assert torch.allclose(bs.balanced_entropy(mean[:, part], var[:, part], 0), value[part])
+
+
 def test_score_knows_no_order_of_classes_no_layout_and_no_dtype():
     mean, var, _ = softmax_moments(C=7, shape=(3, 5, 9))
     mean, var = mean.transpose(0, 1), var.transpose(0, 1)  # (3, 7, 5, 9)
     score = bs.balent_acquisition(mean, var)
     assert score.shape == (3, 5, 9)
-    permuted = torch.randperm(7)
+    permuted = torch.tensor([3, 0, 6, 2, 5, 1, 4])
     assert torch.allclose(
         bs.balent_acquisition(mean[:, permuted], var[:, permuted]), score, rtol=2e-4
     )
@@ -255,14 +263,15 @@ def small(classes=4, dropout=0.3, seed=0):
     return model
 
 
-def test_moments_are_those_of_explicit_passes_through_masked_features():
-    model, x = small().eval(), torch.rand(2, 3, 37, 50)
+@pytest.mark.parametrize("classes, H, W", [(4, 37, 50), (300, 60, 40)])  # in a block; in three
+def test_moments_are_those_of_explicit_passes_through_masked_features(classes, H, W):
+    model, x = small(classes).eval(), torch.rand(2, 3, H, W)
     moments = model.mc_moments(x, samples=7, seed=3)
     with torch.no_grad():
         feature, probs = model.features(x), []
         for mask_hwD in model.masks(7, 3, *feature.shape[-2:]):
             logits = model.classify(feature * mask_hwD.permute(2, 0, 1))
-            logits = F.interpolate(logits, size=(37, 50), mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False)
             probs.append(logits.double().softmax(1))
     prob = torch.stack(probs)
     assert prob.var(0).max() > 0.01
@@ -304,7 +313,7 @@ def test_draws_of_a_pixel_share_no_mask_even_with_its_neighbours(T):
 def test_moments_do_not_depend_on_batch_mode_or_what_came_before():
     model, x = small(), torch.rand(3, 3, 32, 40)
     together = model.train().mc_moments(x, 5, seed=1)
-    assert model.training
+    assert all(module.training for module in model.modules())
     torch.rand(10)
     alone = [model.eval().mc_moments(image[None], 5, seed=1) for image in x]
     for k, found in enumerate(together):
@@ -335,19 +344,27 @@ def test_training_that_the_gpu_cannot_hold_ends_with_one_line(monkeypatch, tmp_p
 
     monkeypatch.setattr(bs, "point_loss", no_memory)
     assert bs.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
-    assert "a smaller --batch-size or --size" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a smaller --batch-size or --size" in error
     assert (tmp_path / "synthetic-balent-seed0/round-00/labels.csv").is_file()
 
 
-def test_mixed_precision_reaches_the_trunk_alone():
-    model, x = small(), torch.rand(1, 3, 40, 56)
-    exact = model.mc_moments(x, 5)
+def test_mixed_precision_reaches_the_trunk_alone(monkeypatch):
+    model, x = small().eval(), torch.rand(1, 3, 40, 56)
+    exact = model.features(x)
     model.mixed = True
-    mixed = model.mc_moments(x, 5)
-    assert mixed.mean_BCHW.dtype == torch.float32 and not torch.equal(
-        *(m[0] for m in (exact, mixed))
-    )
-    assert torch.allclose(mixed.mean_BCHW, exact.mean_BCHW, atol=0.05)
+    feature, mixed = model.features(x), model.mc_moments(x, 5)
+    assert not torch.equal(feature, exact) and torch.allclose(feature, exact, atol=0.1)
+    model.mixed = False
+    monkeypatch.setattr(model, "features", lambda _: feature)
+    assert all(map(functools.partial(torch.allclose, atol=1e-6), mixed, model.mc_moments(x, 5)))
+
+
+def test_without_dropout_the_draws_are_the_prediction():
+    model, x = small(dropout=0.0).eval(), torch.rand(1, 3, 16, 20)
+    mean_BCHW, var_BCHW, _ = model.mc_moments(x, 3)
+    assert torch.allclose(mean_BCHW, model(x).softmax(1), atol=1e-6) and var_BCHW.max() == 0
+    assert bs.balent_acquisition(mean_BCHW, var_BCHW).isfinite().all()
 
 
 def test_small_variances_survive_float32():
@@ -1442,7 +1459,8 @@ def shared_masks(model, samples: int, seed: int, h: int, w: int) -> list[torch.T
     """Like MCDropoutFCN.masks, but one mask for all positions: a draw thins the last layer."""
     generator, p = torch.Generator().manual_seed(seed), model.dropout.p
     keep_TD = torch.rand(samples, model.classify.in_channels, generator=generator) >= p
-    return [(keep_D / (1 - p)).expand(h, w, -1) for keep_D in keep_TD]
+    keep_TD = (keep_TD / (1 - p)).to(model.classify.weight)
+    return [keep_D.expand(h, w, -1) for keep_D in keep_TD]
 
 
 def entropy_twice(moments: bs.Moments, generator=None) -> torch.Tensor:
