@@ -1452,6 +1452,7 @@ def benchmark() -> None:
     for shape in (shapes[0], shapes[-1]):
         benchmark_loss(device, *shape)
         benchmark_training(device, *shape, 8 if device.type == "cuda" else 2)
+    for shape in shapes if device.type == "cuda" else shapes[-1:]:
         benchmark_memory(*shape)
     benchmark_round(device)
 
