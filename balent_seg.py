@@ -159,7 +159,7 @@ def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> tor
     """
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, var = mean.to(dtype).movedim(dim, 0), var.to(dtype).movedim(dim, 0)
-    # Blocks of pixels that fit a CPU's cache: dozens of passes over whole maps would wait for memory.
+    # Blocks of pixels that fit a CPU's cache: many passes over whole maps would wait for memory.
     block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))
     pairs = zip(*(x.reshape(len(x), -1).split(block, 1) for x in (mean, var)), strict=True)
     return torch.cat([_balanced_entropy(m, v) for m, v in pairs]).reshape(mean.shape[1:])
