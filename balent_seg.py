@@ -963,7 +963,8 @@ class Config:
     lr: float | None = option(None, "learning rate of AdamW", type=float,
                               ok=lambda v: 0 < v < math.inf, needs="a positive number")
     workers: int = option(WORKERS, "processes that decode images", **NATURAL)
-    amp: bool = option(True, "bfloat16 on GPUs that have it", action=argparse.BooleanOptionalAction)
+    amp: bool | None = option(None, "the trunk in bfloat16 [on GPUs that have it]",
+                              action=argparse.BooleanOptionalAction)
     device: str = option("auto", "cuda, mps, cpu, or auto: the first of these that is there")
     oracle: str = option("truth", "who labels", choices=("truth", "human"))
     seed: int = option(0, "seed of all that is random", **NATURAL)
@@ -1078,8 +1079,9 @@ class Experiment:
         config = self.config
         torch.manual_seed(config.seed)
         model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
-        cuda = self.device.type == "cuda"
-        model.mixed = config.amp and cuda and torch.cuda.is_bf16_supported(False)
+        model.mixed = config.amp
+        if config.amp is None:
+            model.mixed = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def fit(self, points: list[Tensor] | None, r: int) -> tuple[MCDropoutFCN, float, float]:
