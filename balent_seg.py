@@ -933,8 +933,9 @@ NATURAL = {"type": int, "ok": lambda v: 0 <= v < 2**31, "needs": "a whole number
 RATE = {"type": float, "ok": lambda v: 0 <= v < 1, "needs": "a number in [0, 1)"}
 # Of this process: the processes that torchrun starts on a machine share its cores.
 WORKERS = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-# Rounds and epochs are PixelPick's.
-PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "lr": 5e-4}
+# Rounds and epochs are PixelPick's; SMALL, and then a row of DATASETS, may say otherwise.
+PROTOCOL = {"rounds": 10, "epochs": 50, "arch": "fcn_resnet50", "weights": "imagenet", "lr": 5e-4}
+SMALL = {"weights": "none", "lr": 2e-3}  # with --arch small
 
 
 @dataclass(frozen=True)
@@ -951,7 +952,7 @@ class Config:
     pixels: int = option(10, "labels per image and round", **POSITIVE)
     epochs: int | None = option(None, "epochs a round, 0 for none", **NATURAL)
     arch: str | None = option(None, "network", choices=ARCHS)
-    weights: str | None = option(None, "imagenet, none, or a file [imagenet; small none]")
+    weights: str | None = option(None, "imagenet, none, or a file")
     dropout: float = option(0.2, "dropout rate before the last layer", **RATE)
     mc_samples: int = option(50, "draws of the dropout masks", **POSITIVE | {
         "ok": lambda v: v > 1, "needs": "a whole number from 2"})
@@ -980,8 +981,9 @@ class Config:
 def complete(config: Config) -> Config:
     """`config` with the dataset's defaults filled in and every value checked."""
     row = DATASETS.get(config.dataset, DATASETS["synthetic"])
-    default = PROTOCOL | {"size": row.size} | (row.defaults or {})
-    default["weights"] = "none" if (config.arch or default["arch"]) == "small" else "imagenet"
+    own = row.defaults or {}
+    small = SMALL if (config.arch or own.get("arch")) == "small" else {}
+    default = PROTOCOL | {"size": row.size} | small | own
     values = {k: default.get(k) if v is None else v for k, v in asdict(config).items()}
     values |= {"size": tuple(values["size"])} | ({"rounds": 1} if config.supervised else {})
     for f in fields(config):
@@ -1418,8 +1420,9 @@ def parse(argv: Sequence[str] | None) -> list[Config]:
             how |= {"metavar": "NAME", "help": f"{how['help']}: {', '.join(choices)}"}
         default = PROTOCOL.get(f.name, f.default)
         if default is not None and not isinstance(default, bool):
-            other = DATASETS["synthetic"].defaults.get(f.name)
-            how["help"] += f" [{default}; synthetic {other}]" if other else f" [{default}]"
+            others = {"small": SMALL, "synthetic": DATASETS["synthetic"].defaults}.items()
+            notes = [f"{default}", *(f"{who} {d[f.name]}" for who, d in others if f.name in d)]
+            how["help"] += f" [{'; '.join(notes)}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **how)
     given = vars(parser.parse_args(argv))
     names = given.pop("acquisition")

@@ -2,7 +2,8 @@
 
 python -m pytest -q test_balent_seg.py        the tests, in minutes on a CPU
 python test_balent_seg.py                     the benchmark
-python test_balent_seg.py runs/...-seed0 ...  what these runs picked, and what the picks depend on
+python test_balent_seg.py runs/camvid-*       tables of these runs; of one BalEnt run alone, also
+                                              what its picks depend on
 python test_balent_seg.py H-twice --out ...   a run of balent_seg with a choice made the other way:
                                               H-twice or shared-masks
 """
@@ -30,6 +31,7 @@ import time
 import unittest.mock
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import mpmath  # comes with torch, by way of sympy
 import numpy as np
@@ -1232,6 +1234,16 @@ def test_a_slow_run_says_what_it_will_take_and_what_to_do_instead(tmp_path, caps
     )
 
 
+def test_the_study_measures_what_was_picked():
+    label_HW = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 6)
+    away_HW = distance_to_boundary(label_HW)
+    assert away_HW.tolist() == [[3, 2, 1, 0, 0, 1, 2, 3]] * 6
+    first, second = torch.tensor([[3, 4, 1]]), torch.tensor([[0, 0, 0], [0, 3, 0], [5, 7, 1]])
+    facts = what_is_picked([[first], [second]], [away_HW], torch.tensor([False, True]))
+    assert facts == [1 / 3, 3.0, 1 / 3]  # one beside the boundary; 3, 3 and 6.4 apart; one is rare
+    assert mean_sd([0.25, 0.35]) == ".300 ± .071" and mean_sd([0.25]) == ".250"
+
+
 # ---- The benchmark -------------------------------------------------------------------------------
 
 
@@ -1478,44 +1490,106 @@ VARIANTS = {
 }
 
 
-def open_run(folder: Path) -> tuple:
-    """The settings of a run, its classes and training frames, and its labels round by round."""
+class Run(NamedTuple):
+    """What a run's folder holds."""
+
+    config: bs.Config
+    records: list[dict]  # of its rounds
+    points: list[list[torch.Tensor]]  # [round][image]: points_N3; none where all is labelled
+
+
+def open_run(folder: Path) -> tuple[Run, list[str], bs.Frames]:
+    """A run, the names of its classes, and its training frames."""
     settings = json.loads((folder / "config.json").read_text())["settings"]
     known = {f.name for f in dataclasses.fields(bs.Config)}
     config = bs.complete(bs.Config(**{k: v for k, v in settings.items() if k in known}))
     root = Path(config.root, bs.DATASETS[config.dataset].folder)
     classes, train, _ = bs.open_dataset(config.dataset, root, config.size, config.seed)
-    files = sorted(folder.glob("round-*/labels.csv"))
-    return (
-        config,
-        classes,
-        train,
-        [bs.read_labels(file, train.names, classes, config.size) for file in files],
-    )
+    records = [json.loads(file.read_text()) for file in sorted(folder.glob("round-*/metrics.json"))]
+    files = [file for file in sorted(folder.glob("round-*/labels.csv"))][: len(records)]
+    points = [bs.read_labels(file, train.names, classes, config.size) for file in files]
+    return Run(config, records, points), classes, train
 
 
-def what_is_picked(classes, train, rounds) -> None:
-    """Classes of the picks after round 0, their distance to a boundary and to one another."""
-    count, to_boundary, apart = torch.zeros(len(classes)), [], []
-    for i, (_, _, label_HW) in enumerate(train):
-        up_down, left_right = label_HW.diff(dim=0) != 0, label_HW.diff(dim=1) != 0
-        edge_HW = torch.zeros(label_HW.shape, dtype=torch.bool)
-        edge_HW[1:] |= up_down
-        edge_HW[:-1] |= up_down
-        edge_HW[:, 1:] |= left_right
-        edge_HW[:, :-1] |= left_right
-        away_HW = torch.from_numpy(scipy.ndimage.distance_transform_edt(~edge_HW.numpy()))
-        for y, x, c in (points[i].T for points in rounds):
-            count += torch.bincount(c, minlength=len(classes))
-            to_boundary.append(away_HW[y, x])
+def distance_to_boundary(label_HW: torch.Tensor) -> torch.Tensor:
+    """Of each pixel, in pixels: 0 beside a pixel of another class (or void), in four directions."""
+    edge_HW = torch.zeros(label_HW.shape, dtype=torch.bool)
+    for dim, pairs in enumerate((label_HW.diff(dim=0) != 0, label_HW.diff(dim=1) != 0)):
+        edge_HW.narrow(dim, 0, pairs.shape[dim]).logical_or_(pairs)
+        edge_HW.narrow(dim, 1, pairs.shape[dim]).logical_or_(pairs)
+    return torch.from_numpy(scipy.ndimage.distance_transform_edt(~edge_HW.numpy()))
+
+
+def what_is_picked(points: list[list], away_NHW: list, rare_C: torch.Tensor) -> list[float]:
+    """Of the picks after round 0: the share within a pixel of a boundary, the median distance to
+    the nearest pick of the same image and round, and the share of rare classes."""
+    away, apart, rare = [], [], []
+    for of_round in points[1:]:
+        for (y, x, c), away_HW in zip((p.T for p in of_round), away_NHW, strict=True):
+            away.append(away_HW[y, x])
+            rare.append(rare_C[c])
             yx = torch.stack([y, x], 1).double()
             apart.append((torch.cdist(yx, yx) + 1e9 * torch.eye(len(yx))).amin(1))
-    to_boundary, apart = torch.cat(to_boundary), torch.cat(apart)
-    shares = ", ".join(f"{n} {x:.1%}" for n, x in zip(classes, (count / count.sum()).tolist()))
-    print(f"  picks after round 0: {shares}")
-    near = (to_boundary <= 1).float().mean()
-    print(f"  within a pixel of a boundary {near:.1%}; median distance to the nearest pick of the "
-          f"image and round {apart.median():.1f} pixels")  # fmt: skip
+    away, apart, rare = (torch.cat(parts) for parts in (away, apart, rare))
+    return [(away <= 1).double().mean().item(), apart.median().item(), rare.double().mean().item()]
+
+
+def mean_sd(values) -> str:
+    """Mean ± sample standard deviation of numbers below 1."""
+    spread = [np.std(values, ddof=1)] if len(values) > 1 else []
+    return " ± ".join(f"{x:.3f}".removeprefix("0") for x in (np.mean(values), *spread))
+
+
+def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None:
+    """Markdown: runs that differ in seed are a row; mIoU by labelled pixels, picks, IoU by class.
+
+    The area is the mean height of the curve (trapezoids); a class is rare that has less than 2 %
+    of the training pixels; `above random` counts rounds after the first, against the same seed's.
+    """
+    labels = [label_HW for _, _, label_HW in train]
+    away_NHW = [*map(distance_to_boundary, labels)]
+    count_C = torch.stack([label_HW.flatten() for label_HW in labels]).flatten().bincount()
+    rare_C = count_C[: len(classes)] < 0.02 * count_C[: len(classes)].sum()
+    curves = {f: np.array([x["mIoU"] for x in run.records]) for f, run in runs.items()}
+    bound, random = {}, {}
+    for folder, run in runs.items():
+        if run.config.supervised or run.config.acquisition == "random":
+            kind = bound if run.config.supervised else random
+            kind[run.config.seed] = curves[folder]
+    groups: dict[str, list[Path]] = {}
+    for folder in runs:
+        groups.setdefault(str(folder).rsplit("-seed", 1)[0], []).append(folder)
+    longest = max((run.records for run in runs.values()), key=len)
+    shown = [f"{x['pixels_per_image']:.0f}" for x in longest]
+    print("|".join(["| runs | seeds ", *shown, "area", "above random", "of supervised",
+                    "at boundary", "apart", "rare |"]))  # fmt: skip
+    print("|---" * (8 + len(shown)) + "|")
+    rows = {}
+    for name, folders in groups.items():
+        seeds = [runs[f].config.seed for f in folders]
+        rounds = min(len(runs[f].records) for f in folders)
+        if rounds < 2:
+            continue  # supervised
+        curve_SR = np.array([curves[f][:rounds] for f in folders])
+        area_S = scipy.integrate.trapezoid(curve_SR) / (rounds - 1)
+        wins = [curve[1:] > random[s][1:rounds] for s, curve in zip(seeds, curve_SR) if s in random]
+        parts = [curve[-1] / bound[s][0] for s, curve in zip(seeds, curve_SR) if s in bound]
+        picked = [what_is_picked(runs[f].points, away_NHW, rare_C) for f in folders]
+        near, apart, rare = np.mean(picked, 0)
+        rows[name] = area_S.mean(), [
+            name, ", ".join(map(str, seeds)), *map(mean_sd, curve_SR.T), mean_sd(area_S),
+            f"{np.sum(wins)} of {np.size(wins)}", f"{np.mean(parts) if parts else math.nan:.0%}",
+            f"{near:.0%}", f"{apart:.0f}", f"{rare:.0%}"]  # fmt: skip
+    for _, cells in sorted(rows.values(), reverse=True):
+        print("|", " | ".join(cells), "|")
+    if bound:
+        print(f"\nsupervised, seeds {[*bound]}: {mean_sd([b[0] for b in bound.values()])}")
+    print("\n| IoU after the last round |", " | ".join(classes), "|")
+    print("|---" * (1 + len(classes)) + "|")
+    for name, folders in groups.items():
+        iou_SC = [[runs[f].records[-1]["IoU"][c] for c in classes] for f in folders]
+        means = np.nanmean(np.array(iou_SC, float), 0)
+        print("|", name, "|", " | ".join(f"{x:.3f}".removeprefix("0") for x in means), "|")
 
 
 @torch.no_grad()
@@ -1568,24 +1642,25 @@ def what_changes_the_picks(config, model, train, points, step: int = 6) -> None:
         print(f"  BalEnt >= 0, {kind} masks, by dropout rate: {share}")
 
 
-def study(folder: Path) -> None:
-    """What a run picked, and how its last network's next picks depend on the choices."""
-    config, classes, train, rounds = open_run(folder)
-    print(folder)
-    if len(rounds) > 1:
-        what_is_picked(classes, train, rounds[1:])
-    if config.acquisition == "balent" and not config.supervised:
-        weights = str(folder / "model.pt")
-        model = bs.MCDropoutFCN(len(classes), config.arch, config.dropout, weights)
-        points = [torch.cat(parts) for parts in zip(*rounds, strict=True)]
-        what_changes_the_picks(config, model, train, points)
+def study(folders: list[Path]) -> None:
+    """Tables of all these runs; of a single BalEnt run, what its network's next picks depend on."""
+    opened = {folder: open_run(folder) for folder in folders}
+    runs = {folder: run for folder, (run, _, _) in opened.items()}
+    _, classes, train = opened[folders[0]]
+    compare(runs, classes, train)
+    run = runs[folders[0]]
+    if len(runs) == 1 and run.config.acquisition == "balent" and not run.config.supervised:
+        weights = str(folders[0] / "model.pt")
+        model = bs.MCDropoutFCN(len(classes), run.config.arch, run.config.dropout, weights)
+        points = [torch.cat(parts) for parts in zip(*run.points, strict=True)]
+        what_changes_the_picks(run.config, model, train, points)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1] in VARIANTS:
         with VARIANTS[sys.argv[1]]:
             sys.exit(bs.main(sys.argv[2:]))
-    for run in sys.argv[1:]:
-        study(Path(run))
-    if not sys.argv[1:]:
+    elif sys.argv[1:]:
+        study([*map(Path, sys.argv[1:])])
+    else:
         benchmark()
