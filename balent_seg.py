@@ -9,7 +9,8 @@ Paper   Didari, Hu, Woo, Hao, Moon, Min: Bayesian Active Learning for Semantic S
 Score   Woo: Active Learning in Bayesian Neural Networks with Balanced Entropy Learning Principle,
         ICLR 2023, arXiv:2105.14559
 
-Read sections 1 (the score), 3 (the network and its moments), 7 (picking) and `run` in 9 (the loop).
+Read sections 1 (the score), 3 (the network and its moments), 7 (picking), and in 9 the loop,
+`Experiment.run`.
 Section 1 needs only `math` and `torch` and can be copied alone.
 
 Dimensions   B image in a batch   C class       D feature channel   T draw of the masks
@@ -35,9 +36,11 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds wh
  5  A draw masks each position of the feature map by itself, as dropout does by default, and not all
     alike: then upsampling averages part of the noise, and BalEnt is >= 0 on fewer pixels. Training
     drops whole channels of an image, which at a position is the same.
- 6  Moments are of the upsampled probabilities at full resolution, not of the feature map's.
- 7  Images are scored one by one, so picks cannot depend on batch size or number of processes.
- 8  Every round trains from the initial weights: it depends on settings, labels and seed alone.
+ 6  Logits are upsampled first; the softmax and its moments are taken at full resolution.
+ 7  Images are scored one by one: what a network picks cannot depend on how they are batched or
+    shared among processes.
+ 8  Every round trains from the initial weights: with as many processes on a machine of one kind, it
+    depends on settings, labels and seed alone (on a GPU, up to the rounding of sums).
  9  mIoU: over the classes that occur in the truth, after the last epoch, at the working size.
 
     python balent_seg.py                                    synthetic scenes, on a CPU, in minutes
@@ -346,7 +349,7 @@ def _upsample(x_BChw: Tensor, size: Sequence[int]) -> Tensor:
 
 def _add_moments(feature_hwD: Tensor, masks: list[Tensor], classify: nn.Conv2d,
                  mean_CHW: Tensor, var_CHW: Tensor, cond_entropy_HW: Tensor) -> None:  # fmt: skip
-    """Fill in the moments of softmax(_upsample(classify(mask * feature))) over the masks.
+    """Add to moments of zero those of softmax(_upsample(classify(mask * feature))) over the masks.
 
     Upsampling is two matrix products, over blocks of rows that fit a CPU's cache.
     """
@@ -687,7 +690,7 @@ DATASETS: dict[str, Dataset] = {
         palette=ADE_PALETTE,
         urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"],
         digest="sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
-    "folder": Dataset((360, 480), "", CAMVID_SPLITS, (), range(IGNORE), advice="check --root"),
+    "folder": Dataset((360, 480), "", CAMVID_SPLITS, (), range(IGNORE)),
 }  # fmt: skip
 
 
@@ -757,12 +760,12 @@ def open_dataset(name: str, root: Path, size: tuple[int, int], seed: int = 0,
 
 def list_frames(row: Dataset, root: Path, split: str, seed: int, labelled: bool) -> list[tuple]:
     """(name, image, label) of each frame: paths, or the keys of a scene; None where no label is."""
-    images, labels, *listed = row.splits[split]
+    images, labels, *names_file = row.splits[split]
     if images == "scenes":
         return [(f"{split}-{i:04d}", (seed, len(split), i), None) for i in range(int(labels))]
     folder, (suffixes, label_suffix) = root / images, row.suffixes
-    if listed:
-        names = (root / listed[0]).read_text().split()
+    if names_file:
+        names = (root / names_file[0]).read_text().split()
         found = [(name, folder / f"{name}{suffixes[0]}") for name in names]
     else:
         found = sorted((path.relative_to(folder).as_posix()[: -len(suffix)], path)
@@ -1000,8 +1003,9 @@ def complete(config: Config) -> Config:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it once the block has ended well."""
-    yield path.with_name(f".{path.name}")
-    os.replace(path.with_name(f".{path.name}"), path)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # of its own: runs may share --out
+    yield temporary
+    os.replace(temporary, path)
 
 
 def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
@@ -1012,6 +1016,9 @@ def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
+
+
+FREE = {"rounds", "root", "workers", "device", "out"}  # settings that may change as a run goes on
 
 
 class Experiment:
@@ -1050,12 +1057,11 @@ class Experiment:
         except OSError as error:
             raise InputError(f"--out {self.config.out}: no folder can be made ({error})") from error
         old = json.loads(path.read_text())["settings"] if path.exists() else settings
-        free = {"rounds", "root", "workers", "device", "out"}  # may change as a run goes on
-        known, human = old.get("classes", []), old.get("oracle") == "human"
+        free, known, human = FREE, old.get("classes", []), old.get("oracle") == "human"
         if human and self.classes[: len(known)] == known:
-            free.add("classes")  # a person may think of more
+            free = FREE | {"classes"}  # a person may think of more
         if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
-            if (self.folder / "model.pt").exists() or human:
+            if human or any(self.folder.glob("model.pt")) or any(self.folder.glob("*/metrics.*")):
                 what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
                 raise InputError(f"{self.folder} has other settings ({what}): use another --out")
             shutil.rmtree(self.folder / "round-00", ignore_errors=True)  # nothing was learned yet
@@ -1081,9 +1087,8 @@ class Experiment:
         config = self.config
         torch.manual_seed(config.seed)
         model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
-        model.mixed = config.amp
-        if config.amp is None:
-            model.mixed = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        auto = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        model.mixed = auto if config.amp is None else config.amp
         return model.to(self.device, memory_format=torch.channels_last)
 
     def fit(self, points: list[Tensor] | None, r: int) -> tuple[MCDropoutFCN, float, float]:
@@ -1091,7 +1096,9 @@ class Experiment:
         config, path, clock = self.config, self.folder / "model.pt", time.time()
         model = self.build()
         state = torch.load(path, self.device, weights_only=True) if path.exists() else {}
-        if state.get("round") == r and len(state["weights"]["classify.bias"]) == len(self.classes):
+        given = [r, self.classes, points and [points_N3.tolist() for points_N3 in points]]
+        learned = hashlib.sha256(repr(given).encode()).hexdigest()
+        if state.get("learned") == learned:
             model.load_state_dict(state["weights"])
             return model, state["loss"], state["seconds"]
         per_epoch = math.ceil(len(self.train) / config.batch_size)
@@ -1119,7 +1126,7 @@ class Experiment:
         loss = sum(gather(train(shared, shown, steps, optimizer, views, total))) / WORLD
         for buffer in model.buffers() if WORLD > 1 else ():
             dist.broadcast(buffer, 0)  # BatchNorm's statistics: all score with the same network
-        state = {"round": r, "loss": loss, "seconds": time.time() - clock}
+        state = {"learned": learned, "loss": loss, "seconds": time.time() - clock}
         if RANK == 0:
             with replacing(path) as temporary:
                 torch.save(state | {"weights": model.state_dict()}, temporary)
@@ -1305,11 +1312,16 @@ def run(config: Config) -> list[dict]:
 
 def curves_like(config: Config) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """(name, [(pixels per image, mIoU)]) of the runs in --out that compare with this one."""
+
+    def settings(folder: Path) -> dict:
+        return json.loads((folder / "config.json").read_text())["settings"]
+
+    ours = settings(Path(config.out, config.name))
     for path in sorted(Path(config.out).glob(f"{config.dataset}-*/metrics.csv")):
-        settings = json.loads(path.with_name("config.json").read_text())["settings"]
-        same = ["size", "arch", "weights", "epochs", "lr", "batch_size", "dropout", "oracle"]
-        same += [] if settings["supervised"] else ["pixels", "mc_samples"]
-        if all(json.dumps(settings.get(k)) == json.dumps(getattr(config, k)) for k in same):
+        theirs, varied = settings(path.parent), FREE | {"acquisition", "supervised", "top", "seed"}
+        if ours["supervised"] or theirs["supervised"]:
+            varied |= {"pixels", "mc_samples"}  # not used there
+        if all(theirs.get(k) == value for k, value in ours.items() if k not in varied):
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row["mIoU"]]
             if rows:
@@ -1365,7 +1377,9 @@ def start_ranks(config: Config) -> torch.device:
     name = here[0] if config.device == "auto" else config.device
     if name not in here:
         raise InputError(f"--device {name}: expected auto, or what is there: {', '.join(here)}")
-    least = 2 * WORLD if config.arch.startswith("deeplab") else WORLD  # it normalises over images
+    least = (
+        2 * WORLD if config.arch.startswith("deeplab") else WORLD
+    )  # it normalises one value an image
     if config.batch_size % WORLD or config.batch_size < least:
         raise InputError(f"--batch-size {config.batch_size}: expected a multiple of {WORLD} "
                          f"processes, at least {least}")  # fmt: skip

@@ -899,8 +899,33 @@ def test_more_rounds_go_on_and_other_settings_are_refused(finished, tmp_path):
     shutil.copytree(finished[0].out, tmp_path / "runs")
     config = dataclasses.replace(finished[0], out=str(tmp_path / "runs"))
     assert len(bs.run(dataclasses.replace(config, rounds=4))) == 4
-    with pytest.raises(bs.InputError, match="other settings .*pixels was 4, is 5.*another --out"):
-        bs.run(dataclasses.replace(config, pixels=5))
+    for remove in ("nothing.pt", "model.pt"):  # people do, for space
+        (tmp_path / "runs" / config.name / remove).unlink(missing_ok=True)
+        with pytest.raises(bs.InputError, match="settings .*pixels was 4, is 5.*another --out"):
+            bs.run(dataclasses.replace(config, pixels=5))
+
+
+def test_a_label_that_is_corrected_trains_its_round_anew(tmp_path):
+    config = bs.Config(**TINY | {"rounds": 1}, out=str(tmp_path))
+    folder = tmp_path / config.name
+    weights = []
+    for _ in range(2):
+        bs.run(config)
+        weights.append(torch.load(folder / "model.pt")["weights"]["classify.bias"])
+        labels, metrics = folder / "round-00" / "labels.csv", folder / "round-00" / "metrics.json"
+        labels.write_text(re.sub(r",\d$", ",2", labels.read_text(), flags=re.MULTILINE))
+        metrics.unlink()
+    assert not torch.equal(*weights)
+
+
+def test_curves_show_the_runs_that_compare(finished, tmp_path):
+    shutil.copytree(finished[0].out, tmp_path / "runs")
+    config = dataclasses.replace(finished[0], out=str(tmp_path / "runs"), rounds=1)
+    for change in ({"acquisition": "random"}, {"supervised": True, "mc_samples": 5}, {"seed": 1},
+                   {"acquisition": "margin", "amp": True}, {"acquisition": "bald", "pixels": 5}):  # fmt: skip
+        bs.run(dataclasses.replace(config, **change))
+    names = [name for name, _ in bs.curves_like(config)]
+    assert names == ["balent-seed0", "balent-seed1", "random-seed0", "supervised-seed0"]
 
 
 def tiny_camvid(tmp_path, **settings):
@@ -1561,8 +1586,8 @@ def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None
         groups.setdefault(str(folder).rsplit("-seed", 1)[0], []).append(folder)
     longest = max((run.records for run in runs.values()), key=len)
     shown = [f"{x['pixels_per_image']:.0f}" for x in longest]
-    print("|".join(["| runs | seeds ", *shown, "area", "above random", "of supervised",
-                    "at boundary", "apart", "rare |"]))  # fmt: skip
+    print("| runs | seeds |", " | ".join(shown), "| area | above random | of supervised | "
+          "at boundary | apart | rare |")  # fmt: skip
     print("|---" * (8 + len(shown)) + "|")
     rows = {}
     for name, folders in groups.items():
@@ -1578,7 +1603,7 @@ def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None
         near, apart, rare = np.mean(picked, 0)
         rows[name] = area_S.mean(), [
             name, ", ".join(map(str, seeds)), *map(mean_sd, curve_SR.T), mean_sd(area_S),
-            f"{np.sum(wins)} of {np.size(wins)}", f"{np.mean(parts) if parts else math.nan:.0%}",
+            f"{int(np.sum(wins))} of {np.size(wins)}", f"{np.mean(parts) if parts else math.nan:.0%}",
             f"{near:.0%}", f"{apart:.0f}", f"{rare:.0%}"]  # fmt: skip
     for _, cells in sorted(rows.values(), reverse=True):
         print("|", " | ".join(cells), "|")
