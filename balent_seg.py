@@ -1089,7 +1089,9 @@ class Experiment:
         model = MCDropoutFCN(len(self.classes), config.arch, config.dropout, config.weights)
         auto = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         model.mixed = auto if config.amp is None else config.amp
-        return model.to(self.device, memory_format=torch.channels_last)
+        if self.device.type != "mps":  # there BatchNorm's gradients were wrong in it until mid-2026
+            model = model.to(memory_format=torch.channels_last)  # github.com/pytorch/pytorch#175189
+        return model.to(self.device)
 
     def fit(self, points: list[Tensor] | None, r: int) -> tuple[MCDropoutFCN, float, float]:
         """Round r from model.pt, else trained from the initial weights: model, loss, seconds."""
