@@ -1354,7 +1354,11 @@ def draw_curves(config: Config) -> None:
     axes = figure.subplots()
     for k, (name, seeds) in enumerate(curves.items()):
         both = np.array([curve[: min(map(len, seeds))] for curve in seeds])
-        x, y, spread = both[0, :, 0], both[..., 1].mean(0), both[..., 1].std(0)
+        x, y, spread = (
+            both[0, :, 0],
+            both[..., 1].mean(0),
+            both[..., 1].std(0, ddof=min(1, len(seeds) - 1)),
+        )
         label = f"{name} ({len(seeds)})"
         if name == "supervised":
             axes.axhline(y[0], color="black", linestyle="--", label=label)

@@ -1264,8 +1264,9 @@ def test_the_study_measures_what_was_picked():
     away_HW = distance_to_boundary(label_HW)
     assert away_HW.tolist() == [[3, 2, 1, 0, 0, 1, 2, 3]] * 6
     first, second = torch.tensor([[3, 4, 1]]), torch.tensor([[0, 0, 0], [0, 3, 0], [5, 7, 1]])
-    facts = what_is_picked([[first], [second]], [away_HW], torch.tensor([False, True]))
-    assert facts == [1 / 3, 3.0, 1 / 3]  # one beside the boundary; 3, 3 and 6.4 apart; one is rare
+    facts = what_is_picked([[first], [second]], [away_HW], 2)
+    assert facts[:2] == (1 / 3, 3.0)  # one beside the boundary; 3, 3 and 6.4 pixels apart
+    assert np.allclose(facts[2], [2 / 3, 1 / 3])
     assert mean_sd([0.25, 0.35]) == ".300 ± .071" and mean_sd([0.25]) == ".250"
 
 
@@ -1545,18 +1546,18 @@ def distance_to_boundary(label_HW: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scipy.ndimage.distance_transform_edt(~edge_HW.numpy()))
 
 
-def what_is_picked(points: list[list], away_NHW: list, rare_C: torch.Tensor) -> list[float]:
+def what_is_picked(points: list[list], away_NHW: list, C: int) -> tuple[float, float, list[float]]:
     """Of the picks after round 0: the share within a pixel of a boundary, the median distance to
-    the nearest pick of the same image and round, and the share of rare classes."""
-    away, apart, rare = [], [], []
+    the nearest pick of the same image and round, and the share of each class."""
+    away, apart, classes = [], [], []
     for of_round in points[1:]:
         for (y, x, c), away_HW in zip((p.T for p in of_round), away_NHW, strict=True):
             away.append(away_HW[y, x])
-            rare.append(rare_C[c])
+            classes.append(c)
             yx = torch.stack([y, x], 1).double()
             apart.append((torch.cdist(yx, yx) + 1e9 * torch.eye(len(yx))).amin(1))
-    away, apart, rare = (torch.cat(parts) for parts in (away, apart, rare))
-    return [(away <= 1).double().mean().item(), apart.median().item(), rare.double().mean().item()]
+    near, count_C = (torch.cat(away) <= 1).double().mean(), torch.cat(classes).bincount(minlength=C)
+    return near.item(), torch.cat(apart).median().item(), (count_C / count_C.sum()).tolist()
 
 
 def mean_sd(values) -> str:
@@ -1565,56 +1566,62 @@ def mean_sd(values) -> str:
     return " ± ".join(f"{x:.3f}".removeprefix("0") for x in (np.mean(values), *spread))
 
 
+def print_table(*rows: list[str]) -> None:
+    head, *body = rows
+    for row in (head, ["---"] * len(head), *body):
+        print("|", " | ".join(row), "|")
+    print()
+
+
 def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None:
     """Markdown: runs that differ in seed are a row; mIoU by labelled pixels, picks, IoU by class.
 
     The area is the mean height of the curve (trapezoids); a class is rare that has less than 2 %
     of the training pixels; `above random` counts rounds after the first, against the same seed's.
     """
-    labels = [label_HW for _, _, label_HW in train]
+    labels, C = [label_HW for _, _, label_HW in train], len(classes)
     away_NHW = [*map(distance_to_boundary, labels)]
-    count_C = torch.stack([label_HW.flatten() for label_HW in labels]).flatten().bincount()
-    rare_C = count_C[: len(classes)] < 0.02 * count_C[: len(classes)].sum()
-    curves = {f: np.array([x["mIoU"] for x in run.records]) for f, run in runs.items()}
-    bound, random = {}, {}
-    for folder, run in runs.items():
-        if run.config.supervised or run.config.acquisition == "random":
-            kind = bound if run.config.supervised else random
-            kind[run.config.seed] = curves[folder]
+    count_C = torch.stack(labels).flatten().bincount(minlength=C)[:C]
+    share_C = (count_C / count_C.sum()).numpy()
+    miou = {f: np.array([x["mIoU"] for x in run.records]) for f, run in runs.items()}
+    settings = {f: run.config for f, run in runs.items()}
+    bound = {c.seed: miou[f][0] for f, c in settings.items() if c.supervised}
+    random = {c.seed: miou[f] for f, c in settings.items() if c.name.startswith(
+        f"{c.dataset}-random-")}  # fmt: skip
     groups: dict[str, list[Path]] = {}
     for folder in runs:
         groups.setdefault(str(folder).rsplit("-seed", 1)[0], []).append(folder)
     longest = max((run.records for run in runs.values()), key=len)
-    shown = [f"{x['pixels_per_image']:.0f}" for x in longest]
-    print("| runs | seeds |", " | ".join(shown), "| area | above random | of supervised | "
-          "at boundary | apart | rare |")  # fmt: skip
-    print("|---" * (8 + len(shown)) + "|")
-    rows = {}
-    for name, folders in groups.items():
-        seeds = [runs[f].config.seed for f in folders]
-        rounds = min(len(runs[f].records) for f in folders)
-        if rounds < 2:
-            continue  # supervised
-        curve_SR = np.array([curves[f][:rounds] for f in folders])
-        area_S = scipy.integrate.trapezoid(curve_SR) / (rounds - 1)
-        wins = [curve[1:] > random[s][1:rounds] for s, curve in zip(seeds, curve_SR) if s in random]
-        parts = [curve[-1] / bound[s][0] for s, curve in zip(seeds, curve_SR) if s in bound]
-        picked = [what_is_picked(runs[f].points, away_NHW, rare_C) for f in folders]
-        near, apart, rare = np.mean(picked, 0)
-        rows[name] = area_S.mean(), [
-            name, ", ".join(map(str, seeds)), *map(mean_sd, curve_SR.T), mean_sd(area_S),
-            f"{int(np.sum(wins))} of {np.size(wins)}", f"{np.mean(parts) if parts else math.nan:.0%}",
-            f"{near:.0%}", f"{apart:.0f}", f"{rare:.0%}"]  # fmt: skip
-    for _, cells in sorted(rows.values(), reverse=True):
-        print("|", " | ".join(cells), "|")
-    if bound:
-        print(f"\nsupervised, seeds {[*bound]}: {mean_sd([b[0] for b in bound.values()])}")
-    print("\n| IoU after the last round |", " | ".join(classes), "|")
-    print("|---" * (1 + len(classes)) + "|")
+    rows, picks, iou = [], [["all pixels", share_C]], []
     for name, folders in groups.items():
         iou_SC = [[runs[f].records[-1]["IoU"][c] for c in classes] for f in folders]
-        means = np.nanmean(np.array(iou_SC, float), 0)
-        print("|", name, "|", " | ".join(f"{x:.3f}".removeprefix("0") for x in means), "|")
+        iou.append([name, np.nanmean(np.array(iou_SC, float), 0)])
+        seeds, rounds = [settings[f].seed for f in folders], min(len(miou[f]) for f in folders)
+        if rounds < 2:
+            continue  # supervised
+        curve_SR = np.array([miou[f][:rounds] for f in folders])
+        area_S = scipy.integrate.trapezoid(curve_SR) / (rounds - 1)
+        pairs = [*zip(seeds, curve_SR)]
+        wins = [curve[1:] > random[s][1:rounds] for s, curve in pairs if s in random]
+        won = f"{int(np.sum(wins))} of {np.size(wins)}" if "-random" not in name else ""
+        of_bound = np.mean([curve[-1] / bound[s] for s, curve in pairs if s in bound] or math.nan)
+        picked = [what_is_picked(runs[f].points, away_NHW, C) for f in folders]
+        near, apart, pick_SC = map(np.array, zip(*picked))
+        picks.append([name, pick_SC.mean(0)])
+        rare = pick_SC[:, share_C < 0.02].sum(1).mean()
+        rows.append([name, ", ".join(map(str, seeds)), *map(mean_sd, curve_SR.T), mean_sd(area_S),
+                     won, f"{of_bound:.0%}",
+                     f"{near.mean():.0%}", f"{apart.mean():.0f}", f"{rare:.0%}"])  # fmt: skip
+    shown = [f"{x['pixels_per_image']:.0f}" for x in longest]
+    facts = ["area", "above random", "of supervised", "at boundary", "apart", "rare"]
+    rows.sort(key=lambda row: row[2 + len(shown)], reverse=True)
+    print_table(["runs", "seeds", *shown, *facts], *rows)
+    if bound:
+        print(f"supervised, seeds {', '.join(map(str, bound))}: {mean_sd([*bound.values()])}\n")
+    print_table(["IoU after the last round", *classes],
+                *([name, *(f"{x:.3f}".removeprefix("0") for x in mean)] for name, mean in iou))  # fmt: skip
+    print_table(["classes of the picks", *classes],
+                *([name, *(f"{x:.1%}" for x in share)] for name, share in picks))  # fmt: skip
 
 
 @torch.no_grad()
@@ -1672,6 +1679,8 @@ def study(folders: list[Path]) -> None:
     opened = {folder: open_run(folder) for folder in folders}
     runs = {folder: run for folder, (run, _, _) in opened.items()}
     _, classes, train = opened[folders[0]]
+    alike = {(run.config.dataset, run.config.size) for run in runs.values()}
+    assert len(alike) == 1, f"runs of one data set and size compare, these are of {alike}"
     compare(runs, classes, train)
     run = runs[folders[0]]
     if len(runs) == 1 and run.config.acquisition == "balent" and not run.config.supervised:
