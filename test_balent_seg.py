@@ -1592,6 +1592,7 @@ def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None
     for folder in runs:
         groups.setdefault(str(folder).rsplit("-seed", 1)[0], []).append(folder)
     longest = max((run.records for run in runs.values()), key=len)
+    shown = [f"{x['pixels_per_image']:.0f}" for x in longest]
     rows, picks, iou = [], [["all pixels", share_C]], []
     for name, folders in groups.items():
         iou_SC = [[runs[f].records[-1]["IoU"][c] for c in classes] for f in folders]
@@ -1603,16 +1604,15 @@ def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None
         area_S = scipy.integrate.trapezoid(curve_SR) / (rounds - 1)
         pairs = [*zip(seeds, curve_SR)]
         wins = [curve[1:] > random[s][1:rounds] for s, curve in pairs if s in random]
-        won = f"{int(np.sum(wins))} of {np.size(wins)}" if "-random" not in name else ""
+        won = f"{int(np.sum(wins))} of {np.size(wins)}" if wins and "-random" not in name else ""
         of_bound = np.mean([curve[-1] / bound[s] for s, curve in pairs if s in bound] or math.nan)
         picked = [what_is_picked(runs[f].points, away_NHW, C) for f in folders]
         near, apart, pick_SC = map(np.array, zip(*picked))
         picks.append([name, pick_SC.mean(0)])
         rare = pick_SC[:, share_C < 0.02].sum(1).mean()
-        rows.append([name, ", ".join(map(str, seeds)), *map(mean_sd, curve_SR.T), mean_sd(area_S),
-                     won, f"{of_bound:.0%}",
+        cells = [*map(mean_sd, curve_SR.T), *[""] * (len(shown) - rounds), mean_sd(area_S)]
+        rows.append([name, ", ".join(map(str, seeds)), *cells, won, f"{of_bound:.0%}",
                      f"{near.mean():.0%}", f"{apart.mean():.0f}", f"{rare:.0%}"])  # fmt: skip
-    shown = [f"{x['pixels_per_image']:.0f}" for x in longest]
     facts = ["area", "above random", "of supervised", "at boundary", "apart", "rare"]
     rows.sort(key=lambda row: row[2 + len(shown)], reverse=True)
     print_table(["runs", "seeds", *shown, *facts], *rows)
