@@ -34,8 +34,9 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds wh
     the first draw: about 0, float32 would lose the small variances of sure pixels.
  4  Means and deviations below the dtype's resolution of a probability count as that resolution.
  5  A draw masks each position of the feature map by itself, as dropout does by default, and not all
-    alike: then upsampling averages part of the noise, and BalEnt is >= 0 on fewer pixels. Training
-    drops whole channels of an image, which at a position is the same.
+    alike. The price: upsampling averages part of the noise between positions, so BalEnt is >= 0 on
+    fewer pixels and favours those near a position. Training drops whole channels of an image, which
+    at a position is the same.
  6  Logits are upsampled first; the softmax and its moments are taken at full resolution.
  7  Images are scored one by one: what a network picks cannot depend on how they are batched or
     shared among processes.
