@@ -1022,6 +1022,11 @@ def write_json(path: Path, value: dict) -> None:
 FREE = {"rounds", "root", "workers", "device", "out"}  # settings that may change as a run goes on
 
 
+def read_settings(folder: Path) -> dict:
+    """The settings that a run's folder records."""
+    return json.loads((folder / "config.json").read_text())["settings"]
+
+
 class Experiment:
     """One run: its settings, its data, its folder; `run` goes through the rounds."""
 
@@ -1057,12 +1062,12 @@ class Experiment:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.config.out}: no folder can be made ({error})") from error
-        old = json.loads(path.read_text())["settings"] if path.exists() else settings
+        old = read_settings(self.folder) if path.exists() else settings
         free, known, human = FREE, old.get("classes", []), old.get("oracle") == "human"
         if human and self.classes[: len(known)] == known:
             free = FREE | {"classes"}  # a person may think of more
         if differ := [k for k in settings if k not in free and old.get(k) != settings[k]]:
-            if human or any(self.folder.glob("model.pt")) or any(self.folder.glob("*/metrics.*")):
+            if human or [*self.folder.glob("model.pt"), *self.folder.glob("*/metrics.json")]:
                 what = ", ".join(f"{k} was {old.get(k)}, is {settings[k]}" for k in differ)
                 raise InputError(f"{self.folder} has other settings ({what}): use another --out")
             shutil.rmtree(self.folder / "round-00", ignore_errors=True)  # nothing was learned yet
@@ -1315,13 +1320,10 @@ def run(config: Config) -> list[dict]:
 
 def curves_like(config: Config) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """(name, [(pixels per image, mIoU)]) of the runs in --out that compare with this one."""
-
-    def settings(folder: Path) -> dict:
-        return json.loads((folder / "config.json").read_text())["settings"]
-
-    ours = settings(Path(config.out, config.name))
+    ours = read_settings(Path(config.out, config.name))
     for path in sorted(Path(config.out).glob(f"{config.dataset}-*/metrics.csv")):
-        theirs, varied = settings(path.parent), FREE | {"acquisition", "supervised", "top", "seed"}
+        theirs = read_settings(path.parent)
+        varied = FREE | {"acquisition", "supervised", "top", "seed"}
         if ours["supervised"] or theirs["supervised"]:
             varied |= {"pixels", "mc_samples"}  # not used there
         if all(theirs.get(k) == value for k, value in ours.items() if k not in varied):
@@ -1355,11 +1357,8 @@ def draw_curves(config: Config) -> None:
     axes = figure.subplots()
     for k, (name, seeds) in enumerate(curves.items()):
         both = np.array([curve[: min(map(len, seeds))] for curve in seeds])
-        x, y, spread = (
-            both[0, :, 0],
-            both[..., 1].mean(0),
-            both[..., 1].std(0, ddof=min(1, len(seeds) - 1)),
-        )
+        x, miou = both[0, :, 0], both[..., 1]
+        y, spread = miou.mean(0), miou.std(0, ddof=min(1, len(seeds) - 1))
         label = f"{name} ({len(seeds)})"
         if name == "supervised":
             axes.axhline(y[0], color="black", linestyle="--", label=label)
@@ -1384,9 +1383,8 @@ def start_ranks(config: Config) -> torch.device:
     name = here[0] if config.device == "auto" else config.device
     if name not in here:
         raise InputError(f"--device {name}: expected auto, or what is there: {', '.join(here)}")
-    least = (
-        2 * WORLD if config.arch.startswith("deeplab") else WORLD
-    )  # it normalises one value an image
+    # DeepLab's pooled branch normalises over one value an image, so it needs two images.
+    least = 2 * WORLD if config.arch.startswith("deeplab") else WORLD
     if config.batch_size % WORLD or config.batch_size < least:
         raise InputError(f"--batch-size {config.batch_size}: expected a multiple of {WORLD} "
                          f"processes, at least {least}")  # fmt: skip

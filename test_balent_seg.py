@@ -921,8 +921,9 @@ def test_a_label_that_is_corrected_trains_its_round_anew(tmp_path):
 def test_curves_show_the_runs_that_compare(finished, tmp_path):
     shutil.copytree(finished[0].out, tmp_path / "runs")
     config = dataclasses.replace(finished[0], out=str(tmp_path / "runs"), rounds=1)
-    for change in ({"acquisition": "random"}, {"supervised": True, "mc_samples": 5}, {"seed": 1},
-                   {"acquisition": "margin", "amp": True}, {"acquisition": "bald", "pixels": 5}):  # fmt: skip
+    alike = {"acquisition": "random"}, {"supervised": True, "mc_samples": 5}, {"seed": 1}
+    other = {"acquisition": "margin", "amp": True}, {"acquisition": "bald", "pixels": 5}
+    for change in (*alike, *other):
         bs.run(dataclasses.replace(config, **change))
     names = [name for name, _ in bs.curves_like(config)]
     assert names == ["balent-seed0", "balent-seed1", "random-seed0", "supervised-seed0"]
@@ -1526,13 +1527,13 @@ class Run(NamedTuple):
 
 def open_run(folder: Path) -> tuple[Run, list[str], bs.Frames]:
     """A run, the names of its classes, and its training frames."""
-    settings = json.loads((folder / "config.json").read_text())["settings"]
+    settings = bs.read_settings(folder)
     known = {f.name for f in dataclasses.fields(bs.Config)}
     config = bs.complete(bs.Config(**{k: v for k, v in settings.items() if k in known}))
     root = Path(config.root, bs.DATASETS[config.dataset].folder)
     classes, train, _ = bs.open_dataset(config.dataset, root, config.size, config.seed)
     records = [json.loads(file.read_text()) for file in sorted(folder.glob("round-*/metrics.json"))]
-    files = [file for file in sorted(folder.glob("round-*/labels.csv"))][: len(records)]
+    files = sorted(folder.glob("round-*/labels.csv"))[: len(records)]
     points = [bs.read_labels(file, train.names, classes, config.size) for file in files]
     return Run(config, records, points), classes, train
 
@@ -1618,10 +1619,10 @@ def compare(runs: dict[Path, Run], classes: list[str], train: bs.Frames) -> None
     print_table(["runs", "seeds", *shown, *facts], *rows)
     if bound:
         print(f"supervised, seeds {', '.join(map(str, bound))}: {mean_sd([*bound.values()])}\n")
-    print_table(["IoU after the last round", *classes],
-                *([name, *(f"{x:.3f}".removeprefix("0") for x in mean)] for name, mean in iou))  # fmt: skip
-    print_table(["classes of the picks", *classes],
-                *([name, *(f"{x:.1%}" for x in share)] for name, share in picks))  # fmt: skip
+    ious = [[name, *(f"{x:.3f}".removeprefix("0") for x in mean_C)] for name, mean_C in iou]
+    print_table(["IoU after the last round", *classes], *ious)
+    shares = [[name, *(f"{x:.1%}" for x in mean_C)] for name, mean_C in picks]
+    print_table(["classes of the picks", *classes], *shares)
 
 
 @torch.no_grad()
@@ -1676,11 +1677,14 @@ def what_changes_the_picks(config, model, train, points, step: int = 6) -> None:
 
 def study(folders: list[Path]) -> None:
     """Tables of all these runs; of a single BalEnt run, what its network's next picks depend on."""
+    if missing := [str(folder) for folder in folders if not (folder / "config.json").is_file()]:
+        sys.exit(f"{missing[0]}: expected H-twice, shared-masks, or a run's folder (config.json)")
     opened = {folder: open_run(folder) for folder in folders}
     runs = {folder: run for folder, (run, _, _) in opened.items()}
     _, classes, train = opened[folders[0]]
     alike = {(run.config.dataset, run.config.size) for run in runs.values()}
-    assert len(alike) == 1, f"runs of one data set and size compare, these are of {alike}"
+    if len(alike) > 1:
+        sys.exit(f"expected runs of one data set and size, got {alike}")
     compare(runs, classes, train)
     run = runs[folders[0]]
     if len(runs) == 1 and run.config.acquisition == "balent" and not run.config.supervised:
