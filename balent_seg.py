@@ -802,6 +802,7 @@ def number(least: float, below: float = 2**31, kind: type = int) -> Callable[[st
     """The type of a flag: a number from `least` to below `below`."""
 
     def number(text: str) -> float:
+        """The number; argparse names this function where there is none."""
         if not least <= (value := kind(text)) < below:
             raise argparse.ArgumentTypeError(f"{text}: expected from {least} to below {below}")
         return value
@@ -921,7 +922,8 @@ def open_folder(config: Config, data: Data) -> None:
     for leftover in config.folder.glob("**/.*.tmp"):
         leftover.unlink()
     now = {k: v for k, v in new.items() if k not in FREE}
-    was = read_config(config.folder) if any(config.folder.glob("*/labels.csv")) else {}
+    begun = [*config.folder.glob("*/labels.csv"), *config.folder.glob("metrics.csv")]
+    was = read_config(config.folder) if begun else {}
     differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
     if config.oracle == "human":  # a person may add images and classes, and take back a class
         differ = [k for k in differ if k in was and (k in now or not k.startswith("class "))]
@@ -1120,9 +1122,9 @@ def run(config: Config, others: Sequence[Path] = ()) -> list[dict]:
 
         # Train on all labels so far, evaluate, and write down what came out.
         model, learned = fit(config, data, points, r)
-        confusion_CC = evaluate(model, batches(config, data.test, "evaluate"), len(data.classes))
-        confusion_CC = total(confusion_CC.to(config.device)).cpu()
-        records = [*records, record(r, data, points, confusion_CC, learned)]
+        frames = batches(config, data.test, "evaluate")
+        confusion_CC = evaluate(model, frames, len(data.classes)).to(config.device)
+        records = [*records, record(r, data, points, total(confusion_CC).cpu(), learned)]
         write_down(config, data, model, points, records, others)
     say(f"{config.folder} is done: model.pt, metrics.csv, and a panel.png of each round")
     return records

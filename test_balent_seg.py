@@ -81,8 +81,7 @@ def test_beta_entropy_is_exact_over_the_whole_plane(dtype, bound):
     alpha, beta = (torch.tensor(x, dtype=dtype) for x in ([*powers, *(1 + powers)], powers))
     alpha, beta = (x.flatten() for x in torch.meshgrid(alpha, beta, indexing="ij"))
     exact = exact_beta_entropy(alpha, beta)
-    error = (bs.beta_entropy(alpha, beta) - exact).abs() / exact.abs().clamp(min=1)
-    assert error.max() < bound
+    assert ((bs.beta_entropy(alpha, beta) - exact) / exact.abs().clamp(min=1)).abs().max() < bound
 
 
 def test_entropies_are_their_definitions_integrated():
@@ -153,9 +152,8 @@ def test_baselines_are_their_formulas_pixel_by_pixel_and_power_bald_samples():
         for name, value in expected.items():
             assert found[name][b, y, x].item() == pytest.approx(value, abs=1e-5), name
     # Pixel 0: certain. Pixel 1: draws that disagree mildly, about an undecided mean.
-    mean = torch.tensor([[1.0, 0.4], [0.0, 0.35], [0.0, 0.25]]).reshape(1, 3, 1, 2)
-    var = torch.tensor([[0.0, 0.02]] * 3).reshape(1, 3, 1, 2)
-    moments = bs.Moments(mean, var, torch.tensor([0.0, 0.9]).reshape(1, 1, 2))
+    pair = torch.tensor([[[1.0, 0.4], [0.0, 0.35], [0.0, 0.25]], [[0.0, 0.02]] * 3])
+    moments = bs.Moments(*pair[:, None, :, None], torch.tensor([[[0.0, 0.9]]]))
     for name, score in bs.ACQUISITIONS.items():
         value = score(moments, torch.Generator().manual_seed(0))
         assert value.shape == (1, 1, 2) and value.isfinite().all(), name
@@ -208,8 +206,7 @@ def test_moments_are_those_of_explicit_passes_of_thinned_networks(dtype, C, H, W
 def test_fcn_resnet50_is_torchvisions():
     model, x = bs.MCDropoutFCN(11, "fcn_resnet50", weights="none").eval(), torch.rand(1, 3, 40, 56)
     reference = torchvision.models.get_model("fcn_resnet50", weights_backbone=None, num_classes=11)
-    state = zip(model.state_dict(), reference.state_dict().values(), strict=True)
-    model.load_state_dict(dict(state))
+    model.load_state_dict(dict(zip(model.state_dict(), reference.state_dict().values())))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     with torch.no_grad():
         expected = reference.eval()((x - mean) / std)["out"]
@@ -217,7 +214,6 @@ def test_fcn_resnet50_is_torchvisions():
 
 
 # ---- 4. Labels -----------------------------------------------------------------------------------
-
 ROWS = [["image", "y", "x", "label"], ["a", "3", "4", "sky"], ["c/d", "0", "5.0", "ROAD"],
         ["a", "1", "2", "void"], ["c/d", "8", "8", "1.0"], ["a", "0", "0", ""]]  # fmt: skip
 WRONG_ROWS = {"a,1,2,tree": "road, sky, a number", "z,1,2,sky": "an image that is there",
@@ -300,7 +296,7 @@ def test_miou_is_a_plain_loop_over_classes_that_occur():
         hit, either = ((truth == k) & (pred == k)).sum(), (truth == k) | ((pred == k) & seen)
         expected = hit / either.sum() if (truth == k).any() else math.nan
         assert found[k].item() == pytest.approx(float(expected), abs=1e-6, nan_ok=True)
-    assert found[[2, 4]].isnan().all() and bs.confusion_matrix(pred, truth, 6).sum() == seen.sum()
+    assert bs.confusion_matrix(pred, truth, 6).sum() == seen.sum()
 
 
 def test_picks_are_the_best_free_pixels_and_never_nan():
@@ -312,8 +308,8 @@ def test_picks_are_the_best_free_pixels_and_never_nan():
     values = torch.stack([score[tuple(d.T)] for d in drawn])
     assert values.min() >= 8 and len(values.unique()) > 6 and (values[:, 0] != values[:, 1]).all()
     score[3, 3], score[0, 0], free[3, 1] = math.nan, -math.inf, False
-    assert bs.pick_pixels(score, free, 1).tolist() == [[3, 0]]
-    assert len(bs.pick_pixels(score, free, 50)) == 16
+    picks = bs.pick_pixels(score, free, 50).tolist()
+    assert len(picks) == 16 and picks[0] == [3, 0]
 
 
 # ---- 8. Data -------------------------------------------------------------------------------------
@@ -339,8 +335,8 @@ def test_camvid_frames_are_scaled_down_never_up_and_padded_whatever_else_lies_th
     shutil.copytree(tmp_path / "train", tmp_path / "train/.ipynb_checkpoints")
     same, large, half = (bs.open_dataset("camvid", tmp_path, size).train
                          for size in ((40, 56), (64, 64), (32, 28)))  # fmt: skip
-    raw, (i, image, label) = np.asarray(Image.open(annotation)), same[3]
-    assert (i, len(same), same.names[3], image.shape) == (3, 5, "train3", (3, 40, 56))
+    raw, (_, image, label) = np.asarray(Image.open(annotation)), same[3]
+    assert (len(same), same.names[3], image.shape) == (5, "train3", (3, 40, 56))
     assert (label.numpy() == np.where(raw == 11, bs.IGNORE, raw)).all() and (raw == 11).any()
     assert torch.equal(large[3][2], F.pad(label, (0, 8, 0, 24), value=bs.IGNORE))
     assert torch.equal(half[3][2], F.pad(label[1::2, 1::2], (0, 0, 0, 12), value=bs.IGNORE))
@@ -364,18 +360,17 @@ def test_a_folder_of_ones_own_is_read_as_people_leave_it(tmp_path):
             bs.open_dataset("folder", tmp_path, (32, 32))
 
 
-# Raw ids of a label image and the classes they are, with what traps the usual mistakes:
-# trainIds for labelIds, 0 for a class, 255 or the borders' 0 for the first or last class.
-OFFICIAL = {
-    "cityscapes": {7: 0, 8: 1, 11: 2, 26: 13, 33: 18, 0: 255, 1: 255, 9: 255, 29: 255},
-    "voc2012": {0: 0, 1: 1, 15: 15, 20: 20, 255: 255},
-    "ade20k": {1: 0, 2: 1, 13: 12, 150: 149, 0: 255},
-}
+# Raw ids of a label image and their classes; trainIds for labelIds, say, would be found out.
+OFFICIAL = {"cityscapes": {7: 0, 8: 1, 11: 2, 26: 13, 33: 18, 0: 255, 1: 255, 9: 255, 29: 255},
+            "voc2012": {0: 0, 1: 1, 15: 15, 20: 20, 255: 255},
+            "ade20k": {1: 0, 2: 1, 13: 12, 150: 149, 0: 255}}  # fmt: skip
+ENDS = {"cityscapes": "road bicycle 19", "voc2012": "background tvmonitor 21",
+        "ade20k": "thing 1 thing 150 150"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_a_benchmark_in_its_official_layout_loads_and_runs(name, tmp_path, capsys):
-    row, C = bs.DATASETS[name], {"cityscapes": 19, "voc2012": 21, "ade20k": 150}[name]
+@pytest.mark.parametrize("name, ends", ENDS.items())
+def test_a_benchmark_in_its_official_layout_loads_and_runs(name, ends, tmp_path, capsys):
+    row = bs.DATASETS[name]
     rng, raws, root = np.random.default_rng(0), {}, tmp_path / row.folder
     form = "city{0}/city{0}_000000_{1}" if name == "cityscapes" else "{1}{0}"
     for split, (images, labels, *listed) in row.splits.items():
@@ -387,8 +382,8 @@ def test_a_benchmark_in_its_official_layout_loads_and_runs(name, tmp_path, capsy
             stem = "unlisted" if stem in listed else stem
             raw = rng.choice([*OFFICIAL[name]], (4, 4)).repeat(h // 4, 0).repeat(w // 4, 1)
             image, raw = (raw[..., None] * (1, 3, 7) % 251).astype(np.uint8), raw.astype(np.uint8)
-            grey = image[..., 0] if h == w else image  # ADE20K has a few
-            save(root / images / f"{stem}{row.suffixes[0][0]}", grey)
+            image = image[..., 0] if h == w else image  # ADE20K has a few grey ones
+            save(root / images / f"{stem}{row.suffixes[0][0]}", image)
             save(root / labels / f"{stem}{row.suffixes[1]}", raw)
             for decoy in ("labelTrainIds", "instanceIds", "color") if "city" in stem else ():
                 save(root / labels / f"{stem}_gtFine_{decoy}.png", raw * 0 + 3)
@@ -396,9 +391,8 @@ def test_a_benchmark_in_its_official_layout_loads_and_runs(name, tmp_path, capsy
     rows = [f"{k}\t0.1\t10\t1\t0\tthing {k}, object {k}" for k in range(1, 151)]
     (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\t?\tName", *rows]))
     classes, train, _ = bs.open_dataset(name, root, (56, 56))
-    ends = {"cityscapes": "road bicycle", "voc2012": "background tvmonitor"}
-    assert f"{classes[0]} {classes[-1]}" == ends.get(name, "thing 1 thing 150")
-    assert len(classes) == C and sorted(train.names) == sorted(raws)
+    assert f"{classes[0]} {classes[-1]} {len(classes)}" == ends
+    assert sorted(train.names) == sorted(raws)
     for stem, (_, image, label) in zip(train.names, train):
         expected = np.full((56, 56), bs.IGNORE)
         expected[tuple(map(slice, raws[stem].shape))] = np.vectorize(OFFICIAL[name].get)(raws[stem])
@@ -406,7 +400,7 @@ def test_a_benchmark_in_its_official_layout_loads_and_runs(name, tmp_path, capsy
     settings = TINY | {"arch": "small", "out": str(tmp_path / "out"), "rounds": 2}
     records, said = bs.run(bs.Config(name, str(tmp_path), **settings)), capsys.readouterr().out
     assert records[-1]["pixels"] > 12 and 0 <= records[-1]["mIoU"] <= 1
-    assert "3 training and 3 test images (the benchmark: " in said and f"{C} classes" in said
+    assert "3 training and 3 test images (the benchmark: " in said
 
 
 def test_scenes_hold_every_class_and_palettes_are_the_benchmarks_own():
@@ -419,9 +413,8 @@ def test_scenes_hold_every_class_and_palettes_are_the_benchmarks_own():
     scenes, again = ([bs.synthetic_scene((96, 128), 0, 5, i) for i in range(20)] for _ in range(2))
     assert all(np.array_equal(*pair) for a, b in zip(scenes, again) for pair in zip(a, b))
     counts = sum(np.bincount(np.asarray(label).ravel(), minlength=256) for _, label in scenes)
-    share = counts / counts.sum()
-    assert (share[:8] > 0).all() and share[5:8].max() < 0.02 and share[bs.IGNORE] > 0
-    assert counts[8:255].sum() == 0
+    assert counts[:8].all() and counts[bs.IGNORE] and not counts[8 : bs.IGNORE].any()
+    assert counts[5:8].max() < 0.02 * counts.sum()
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -446,7 +439,6 @@ def test_a_dataset_is_fetched_whole_or_not_at_all_from_the_first_good_mirror(tmp
 
 
 # ---- 9. Experiment -------------------------------------------------------------------------------
-
 NAME = "synthetic-balent-seed0"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
@@ -541,7 +533,7 @@ def test_what_is_damaged_or_corrected_is_made_anew_or_gets_one_line(finished, tm
         assert str(labels) in refused(capsys, *out)
     labels.write_bytes(kept)
     file = config.folder / "round-01/labels.csv"
-    file.write_text(re.sub(r",\d$", ",2", file.read_text(), flags=re.MULTILINE))
+    file.write_text(re.sub(r",\d\b(?=\n)", ",2", file.read_text()))
     assert len(bs.run(config)) == 3  # a label that is corrected: its round, and the following
     pairs = [*zip(story(config.folder), story(before))]
     assert [a == b for a, b in pairs] == [True, False, False] and pairs[2][0][0] == pairs[2][1][0]
@@ -559,8 +551,8 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_file(error, tmp_path, caps
         raise error
 
     monkeypatch.setattr(torch, "save", save)
-    said = refused(capsys, "--out", tmp_path)
-    assert f"{tmp_path / NAME / 'model.pt'} cannot be written: {error}" in said
+    expected = f"{tmp_path / NAME / 'model.pt'} cannot be written: {error}"
+    assert expected in refused(capsys, "--out", tmp_path)
     assert not [*tmp_path.rglob("*.tmp")] and not [*tmp_path.rglob("model.pt")]
 
 
@@ -583,12 +575,12 @@ def test_functions_share_a_round_0_that_is_trained_once(finished, tmp_path, monk
 def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, monkeypatch):
     root, names = camvid_tree(tmp_path / "CamVid"), [*bs.DATASETS["camvid"].classes[:-1], "moose"]
     (root / "classes.txt").write_text("\n".join(names) + "\n\n")
-    flags = ["--out", tmp_path, "--rounds", 2, "--arch", "small"]
-    camvid, folder = (("--dataset", x, "--root") for x in ("camvid", "folder"))
-    assert run_main(*flags, *camvid, tmp_path) == 0
+    camvid, folder = (["--out", tmp_path, "--rounds", 2, "--arch", "small", "--dataset", x, "--root"]
+                      for x in ("camvid", "folder"))  # fmt: skip
+    assert run_main(*camvid, tmp_path) == 0
     with monkeypatch.context() as patch:  # frames that do not fit in memory
         patch.setattr(bs.Frames, "held", property(lambda _: None, lambda *_: None), raising=False)
-        assert run_main(*flags, *folder, root, "--workers", 1) == 0
+        assert run_main(*folder, root, "--workers", 1) == 0
     ours, theirs = (story(tmp_path / f"{x}-balent-seed0") for x in ("camvid", "folder"))
     assert len(ours) == 2 and "no training label" not in capsys.readouterr().err
     for (labels, a), (other_labels, b) in zip(ours, theirs, strict=True):
@@ -596,9 +588,9 @@ def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, m
     for path in root.glob("trainannot/*"):
         label = np.asarray(Image.open(path))
         save(path, np.where(label == 10, 11, label), comment="longer", compress_level=0)
-    error = refused(capsys, *flags, *camvid, tmp_path)
+    error = refused(capsys, *camvid, tmp_path)
     assert re.search(r"train/train0 was \[\d+, \d+\], is .* \(5 differ\): use another --out", error)
-    assert run_main(*flags, *folder, root, "--seed", 1) == 0
+    assert run_main(*folder, root, "--seed", 1) == 0
     assert "no training label is of class moose" in capsys.readouterr().err
 
 
@@ -673,7 +665,7 @@ def test_the_first_command_runs_where_only_the_file_is_and_importing_does_nothin
     assert shell(*quiet, cwd=tmp_path, MPLBACKEND="nonsense") == ("", "")
     with pytest.raises(SystemExit, match="^0$"):
         bs.main(["--help"])
-    text, names = capsys.readouterr().out, [f.name for f in dataclasses.fields(bs.Config)]
+    text, names = capsys.readouterr().out, (f.name for f in dataclasses.fields(bs.Config))
     assert all(re.search(rf"--{name.replace('_', '-')}\b", text) for name in names)
 
 
@@ -711,7 +703,7 @@ BAD = {
     "--arch deeplabv3_resnet50 --weights none --batch-size 1": "--batch-size 1: .* at least 2",
     "--colour red": "unrecognized arguments: --colour red", "--out FILE": "FILE",
     "--weights nowhere.pt": "nowhere.pt: not the model.pt", "--weights FILE": "FILE: not the model",
-    "--weights imagenet": "small has no ImageNet", "--dataset folder --root EMPTY": "classes.txt is",
+    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt is",
     "--dataset cityscapes --root EMPTY": "cityscapes does not exist: log in at https.*unpack both",
     "--oracle human --supervised": "--oracle human: expected no --supervised",
     "--lr 1e20": "lower --lr", "--lr 1e20 --supervised": "lower --lr", "--lr 1e38": "--lr",
@@ -751,8 +743,6 @@ def test_bad_data_gets_one_line_and_code_2(workers, message, tmp_path, capsys):
 
 
 # ---- The benchmark -------------------------------------------------------------------------------
-
-
 def accuracy() -> str:
     powers = (10.0 ** np.random.default_rng(0).uniform(*r, 4000) for r in ((-8, 10), (-3, 10)))
     a, b = (torch.tensor(x).float() for x in powers)
@@ -821,8 +811,7 @@ def speed(device: str, H: int, W: int, C: int, N: int = 20) -> tuple[float, ...]
 
 
 def benchmark() -> None:
-    device, shapes = torch.cuda.is_available(), [(360, 480, 11), (512, 512, 150)]
-    device = "cuda" if device else "cpu"
+    device, shapes = ("cpu", "cuda")[torch.cuda.is_available()], [(360, 480, 11), (512, 512, 150)]
     torch.set_num_threads(os.cpu_count())
     (score, balent, loss, step), large = (speed(device, *shape) for shape in shapes)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -831,7 +820,7 @@ def benchmark() -> None:
     print(f"at 360 x 480 x 11 and 512 x 512 x 150: scoring takes {score:.2f} and {large[0]:.2f} "
           f"forward passes, BalEnt {balent:.3f} and {large[1]:.3f}")  # fmt: skip
     print("peak memory of scoring: {:.1f} class maps at T = 10, {:.1f} at T = 50".format(*maps))
-    print(f"loss and backward: dense {loss:.0f} and {large[2]:.0f} times as long as at 20 points")
+    print(f"loss and backward: dense takes {loss:.0f} and {large[2]:.0f} times as long as 20")
     print(f"a training step: {step:.2f} and {large[3]:.2f} of one of a bare torchvision loop")
 
 
