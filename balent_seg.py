@@ -1083,10 +1083,7 @@ def write_down(config: Config, data: Data, model: MCDropoutFCN, points: list[Ten
 
 
 def run(config: Config, others: Sequence[Path] = ()) -> list[dict]:
-    """The rounds of one acquisition function: a dict each, as a line of metrics.csv.
-
-    What is done already is read, not done again. `others`: folders of runs that get round 0.
-    """
+    """The lines of metrics.csv, a dict a round; what is done is read. `others` get round 0."""
     config = complete(config)
     start_ranks(config)
     data, done, records = prepare(config), read_metrics(config.folder), []

@@ -1,8 +1,7 @@
 """Tests of balent_seg: each is a second, slower implementation of a claim, or an invariance.
 
-python -m pytest -q test_balent_seg.py        the tests, in minutes on a CPU
-python test_balent_seg.py                     the benchmark: five lines
-python test_balent_seg.py runs/camvid-*       a markdown table of these runs
+python -m pytest -q test_balent_seg.py    the tests, in minutes on a CPU
+python test_balent_seg.py [RUN ...]       the benchmark, or a markdown table of these runs
 """
 
 import csv
@@ -279,7 +278,6 @@ def test_a_batch_without_a_labelled_point_gives_no_nan_and_every_parameter_has_i
         assert bs.train(model, batches, points, 3, optimizer, bs.stream(0)) == 0
     assert all(p.isfinite().all() for p in model.parameters())
     assert torch.equal(model.classify.bias, before)
-    # A pretrained backbone learns slower, and norms and biases do not decay.
     groups = bs.make_optimizer(model, 1e-3, pretrained=True).param_groups
     rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert sum(len(g["params"]) for g in groups) == len(rate) == len([*model.parameters()])
@@ -360,7 +358,6 @@ def test_a_folder_of_ones_own_is_read_as_people_leave_it(tmp_path):
             bs.open_dataset("folder", tmp_path, (32, 32))
 
 
-# Raw ids of a label image and their classes; trainIds for labelIds, say, would be found out.
 OFFICIAL = {"cityscapes": {7: 0, 8: 1, 11: 2, 26: 13, 33: 18, 0: 255, 1: 255, 9: 255, 29: 255},
             "voc2012": {0: 0, 1: 1, 15: 15, 20: 20, 255: 255},
             "ade20k": {1: 0, 2: 1, 13: 12, 150: 149, 0: 255}}  # fmt: skip
