@@ -215,10 +215,10 @@ def test_fcn_resnet50_is_torchvisions():
 # ---- 4. Labels -----------------------------------------------------------------------------------
 ROWS = [["image", "y", "x", "label"], ["a", "3", "4", "sky"], ["c/d", "0", "5.0", "ROAD"],
         ["a", "1", "2", "void"], ["c/d", "8", "8", "1.0"], ["a", "0", "0", ""]]  # fmt: skip
-WRONG_ROWS = {"a,1,2,tree": "road, sky, a number", "z,1,2,sky": "an image that is there",
-              "a,1,sky": "y from 0 to 8", "a,1,b,sky": "x from 0 to 8", "a,9,1,sky": "y from 0",
-              "a,-1,1,sky": "y from 0", "a,1,1.5,sky": "x from 0", "a,2,2,2": "from 0 to 1",
-              "a,1,1,void": "not two", "a": "y from 0 to 8", "what is": "an image"}  # fmt: skip
+WRONG_ROWS = {"a,1,2,tree": "road, sky, 0 to 1, or", "z,1,2,sky": "an image that is there",
+              "a,1,sky": "x from 0 to 8", "a,1,b,sky": "x from 0 to 8", "a,9,1,sky": "y from 0",
+              "a,-1,1,sky": "y from 0", "a,1,1.5,sky": "x from 0", "a,2,2,2": "sky, 0 to 1",
+              "a,1,1,void": "no pixel twice", "a": "y from 0 to 8", "what is": "an image"}  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -245,7 +245,7 @@ def test_loss_at_points_is_the_masked_dense_cross_entropy_and_so_are_its_gradien
     label, sparse = torch.full((2, *size), bs.IGNORE), torch.rand(2, *size) < 0.02
     label[sparse] = torch.randint(4, (int(sparse.sum()),))
     label[0, 0, 0] = label[1, -1, -1] = 1  # corners, where bilinear weights end
-    points = torch.nn.utils.rnn.pad_sequence([bs.all_points(x) for x in label], True, bs.IGNORE)
+    points = torch.nn.utils.rnn.pad_sequence([bs.points_at(x) for x in label], True, bs.IGNORE)
     xy = (2 * points[..., [1, 0]] + 1) / torch.tensor(size[::-1], dtype=torch.double) - 1
     loss, count = bs.point_loss(logits, xy, points[..., 2])
     up = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -298,16 +298,16 @@ def test_miou_is_a_plain_loop_over_classes_that_occur():
 
 
 def test_picks_are_the_best_free_pixels_and_never_nan():
-    score, free = torch.arange(20.0).reshape(4, 5), torch.ones(4, 5, dtype=torch.bool)
-    free[3, 4] = free[3, 2] = False
-    assert bs.pick_pixels(score, free, 2).tolist() == [[3, 3], [3, 1]]
-    assert bs.pick_pixels(score, free & False, 3).shape == (0, 2)
-    drawn = [bs.pick_pixels(score, free, 2, 0.5, bs.stream(s)) for s in range(50)]
-    values = torch.stack([score[tuple(d.T)] for d in drawn])
+    score, label = torch.arange(20.0).reshape(4, 5), torch.full((4, 5), 7, dtype=torch.uint8)
+    label[3, 4], labelled = bs.IGNORE, torch.tensor([[3, 2, 7]])
+    assert bs.pick_pixels(score, label, labelled, 2).tolist() == [[3, 3, 7], [3, 1, 7]]
+    assert bs.pick_pixels(score, label * 0 + bs.IGNORE, labelled, 3).shape == (0, 3)
+    drawn = [bs.pick_pixels(score, label, labelled, 2, 0.5, bs.stream(s)) for s in range(50)]
+    values = torch.stack([score[tuple(d[:, :2].T)] for d in drawn])
     assert values.min() >= 8 and len(values.unique()) > 6 and (values[:, 0] != values[:, 1]).all()
-    score[3, 3], score[0, 0], free[3, 1] = math.nan, -math.inf, False
-    picks = bs.pick_pixels(score, free, 50).tolist()
-    assert len(picks) == 16 and picks[0] == [3, 0]
+    score[3, 3], score[0, 0], label[3, 1] = math.nan, -math.inf, bs.IGNORE
+    picks = bs.pick_pixels(score, label, labelled, 50).tolist()
+    assert len(picks) == 16 and picks[0] == [3, 0, 7]
 
 
 # ---- 8. Data -------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_camvid_frames_are_scaled_down_never_up_and_padded_whatever_else_lies_th
     camvid_tree(tmp_path, suffix=".JPG")
     annotation = (tmp_path / "trainannot/train3.png").rename(tmp_path / "trainannot/train3.PNG")
     shutil.copytree(tmp_path / "train", tmp_path / "train/.ipynb_checkpoints")
-    same, large, half = (bs.open_dataset("camvid", tmp_path, size).train
+    same, large, half = (bs.open_dataset("camvid", tmp_path, size)[0]
                          for size in ((40, 56), (64, 64), (32, 28)))  # fmt: skip
     raw, (_, image, label) = np.asarray(Image.open(annotation)), same[3]
     assert (len(same), same.names[3], image.shape) == (5, "train3", (3, 40, 56))
@@ -347,10 +347,12 @@ def test_a_folder_of_ones_own_is_read_as_people_leave_it(tmp_path):
     for split in ("train", "test"):
         save(tmp_path / split / "a.jpg", grey)
         save(tmp_path / f"{split}annot/a.png", grey > 99)
-    classes, train, _ = bs.open_dataset("folder", tmp_path, (32, 32))
-    assert classes == ["dark", "light"] and (train[0][2][:12, :20].numpy() == (grey > 99)).all()
+    train, _ = bs.open_dataset("folder", tmp_path, (32, 32))
+    assert (
+        train.classes == ["dark", "light"] and (train[0][2][:12, :20].numpy() == (grey > 99)).all()
+    )
     save(tmp_path / "train/a.jpg", grey, exif=exif)
-    _, image, label = bs.open_dataset("folder", tmp_path, (32, 32), asking=True).train[0]
+    _, image, label = bs.open_dataset("folder", tmp_path, (32, 32), asking=True)[0][0]
     assert (label[:20, :12] == 0).all() and image[0, 19, 0] > image[0, 0, 0] > image[0, 0, 11]
     for text in ("a\n", "a\na", "a\nA", "a\nvoid", "a\n7", "a\nb\x07", "a\nb\x1b[0m"):
         (tmp_path / "classes.txt").write_text(text)
@@ -369,7 +371,7 @@ ENDS = {"cityscapes": "road bicycle 19", "voc2012": "background tvmonitor 21",
 def test_a_benchmark_in_its_official_layout_loads_and_runs(name, ends, tmp_path, capsys):
     row = bs.DATASETS[name]
     rng, raws, root = np.random.default_rng(0), {}, tmp_path / row.folder
-    form = "city{0}/city{0}_000000_{1}" if name == "cityscapes" else "{1}{0}"
+    form, suffix = ("city{0}/city{0}_000000_{1}", ".png") if "city" in name else ("{1}{0}", ".jpg")
     for split, (images, labels, *listed) in row.splits.items():
         stems = [form.format(i, split) for i in range(3)]
         for path in (root / x for x in listed):  # and a frame that is on no list
@@ -380,15 +382,15 @@ def test_a_benchmark_in_its_official_layout_loads_and_runs(name, ends, tmp_path,
             raw = rng.choice([*OFFICIAL[name]], (4, 4)).repeat(h // 4, 0).repeat(w // 4, 1)
             image, raw = (raw[..., None] * (1, 3, 7) % 251).astype(np.uint8), raw.astype(np.uint8)
             image = image[..., 0] if h == w else image  # ADE20K has a few grey ones
-            save(root / images / f"{stem}{row.suffixes[0][0]}", image)
-            save(root / labels / f"{stem}{row.suffixes[1]}", raw)
+            save(root / images / f"{stem}{row.ends[0]}{suffix}", image)
+            save(root / labels / f"{stem}{row.ends[1]}.png", raw)
             for decoy in ("labelTrainIds", "instanceIds", "color") if "city" in stem else ():
                 save(root / labels / f"{stem}_gtFine_{decoy}.png", raw * 0 + 3)
             raws |= {stem: raw} if split == "train" and stem != "unlisted" else {}
     rows = [f"{k}\t0.1\t10\t1\t0\tthing {k}, object {k}" for k in range(1, 151)]
     (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\t?\tName", *rows]))
-    classes, train, _ = bs.open_dataset(name, root, (56, 56))
-    assert f"{classes[0]} {classes[-1]} {len(classes)}" == ends
+    train, _ = bs.open_dataset(name, root, (56, 56))
+    assert f"{train.classes[0]} {train.classes[-1]} {len(train.classes)}" == ends
     assert sorted(train.names) == sorted(raws)
     for stem, (_, image, label) in zip(train.names, train):
         expected = np.full((56, 56), bs.IGNORE)
@@ -432,7 +434,7 @@ def test_a_dataset_is_fetched_whole_or_not_at_all_from_the_first_good_mirror(tmp
         bs.fetch(row._replace(urls=[*bad, f"{here}/good.{kind}"]), data)
         server.shutdown()
     assert [*data.iterdir()] == [data / "CamVid"]
-    assert len(bs.open_dataset("camvid", data / "CamVid", (32, 32)).train) == 5
+    assert len(bs.open_dataset("camvid", data / "CamVid", (32, 32))[0]) == 5
 
 
 # ---- 9. Experiment -------------------------------------------------------------------------------
@@ -450,9 +452,9 @@ def shell(*command, cwd=None, **env) -> tuple[str, str]:
 
 def story(folder: Path, rounds: int = 9) -> list[tuple[str, dict]]:
     """Of each round that is done: its labels, and its metrics but for the seconds they took."""
-    files, records = sorted(folder.glob("round-*/labels.csv")), [*bs.read_metrics(folder).values()]
+    files, records = sorted(folder.glob("round-*/labels.csv")), bs.read_metrics(folder)
     kept = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-    return [(file.read_text(), record) for file, record in zip(files, kept)][:rounds]
+    return [(file.read_text("utf-8-sig"), record) for file, record in zip(files, kept)][:rounds]
 
 
 def run_main(*flags) -> int:
@@ -485,7 +487,7 @@ def test_a_run_leaves_its_files_its_labels_are_true_and_a_rerun_changes_nothing(
     each = {f"round-0{r}/{name}" for r in range(3) for name in ("labels.csv", "panel.png")}
     assert inside == each | {"config.json", "metrics.csv", "model.pt"}
     assert [x["pixels"] for x in records] == [160, 320, 480] and records[1]["round"] == 1
-    with open(config.folder / "metrics.csv", newline="") as file:
+    with open(config.folder / "metrics.csv", newline="", encoding="utf-8-sig") as file:
         for row, record in zip(csv.DictReader(file), records, strict=True):
             assert row == {k: str(v) for k, v in record.items()} and 0 <= record["mIoU"] <= 1
     rows = "".join(x.removeprefix("image,y,x,label") for x, _ in story(config.folder))
@@ -503,7 +505,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_was(moment, finished, tmp
     def rename(old, new, original=os.replace):
         calls.append(new)
         if len(calls) == moment:
-            shutil.copy(old, Path(new).with_name(f".{Path(new).name}.1.tmp"))
+            shutil.copytree(Path(old).parent, Path(new).parent / ".killed.tmp")
             raise KeyboardInterrupt
         original(old, new)
 
@@ -564,9 +566,14 @@ def test_functions_share_a_round_0_that_is_trained_once(finished, tmp_path, monk
     code = run_main("--rounds", 1, "--out", tmp_path, "--acquisition", "margin", "--pixels", 5)
     pixels = [x["pixels"] for _, x in story(tmp_path / "synthetic-margin-seed0")]
     assert (code, pixels) in ((0, [200]), (2, []))  # a round 0 of other settings is not taken
-    assert run_main("--supervised", "--out", tmp_path) == 0
-    (bound,) = bs.read_metrics(tmp_path / "synthetic-supervised-seed0").values()
-    assert bound["pixels_per_image"] > 1000 and [*tmp_path.glob("*.png")]
+    for k, text in enumerate(("round;mIoU\n0;1\n", "round,mIoU\n0,0.5\n", "")):  # odd neighbours
+        shutil.copytree(
+            tmp_path / "synthetic-margin-seed0", odd := tmp_path / f"synthetic-x-seed{k}"
+        )
+        (odd / "metrics.csv").write_text(text)
+    assert run_main("--supervised", "--out", tmp_path) == 0 and [*tmp_path.glob("*.png")]
+    (bound,) = bs.read_metrics(tmp_path / "synthetic-supervised-seed0")
+    assert bound["pixels_per_image"] > 1000
 
 
 def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, monkeypatch):
@@ -576,7 +583,7 @@ def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, m
                       for x in ("camvid", "folder"))  # fmt: skip
     assert run_main(*camvid, tmp_path) == 0
     with monkeypatch.context() as patch:  # frames that do not fit in memory
-        patch.setattr(bs.Frames, "held", property(lambda _: None, lambda *_: None), raising=False)
+        patch.setattr(bs.Frames, "held", property(lambda _: (), lambda *_: None), raising=False)
         assert run_main(*folder, root, "--workers", 1) == 0
     ours, theirs = (story(tmp_path / f"{x}-balent-seed0") for x in ("camvid", "folder"))
     assert len(ours) == 2 and "no training label" not in capsys.readouterr().err
@@ -586,7 +593,7 @@ def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, m
         label = np.asarray(Image.open(path))
         save(path, np.where(label == 10, 11, label), comment="longer", compress_level=0)
     error = refused(capsys, *camvid, tmp_path)
-    assert re.search(r"train/train0 was \[\d+, \d+\], is .* \(5 differ\): use another --out", error)
+    assert re.search(r"train/train0 was \[\d+, \d+\], is .* \(5\): use another --out", error)
     assert run_main(*folder, root, "--seed", 1) == 0
     assert "no training label is of class moose" in capsys.readouterr().err
 
@@ -600,9 +607,10 @@ def test_a_network_of_ones_own_is_a_row_and_a_model_pt_is_a_start(tmp_path, monk
     assert run_main(*flags, tmp_path / "a") == 0
     path, other = (tmp_path / x / NAME / "model.pt" for x in "ab")
     assert run_main(*flags, tmp_path / "b", "--epochs", 0, "--weights", path) == 0
-    a, b = (bs.read_model(x)["weights"] for x in (path, other))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert "model.pt is tiny for 8 classes" in refused(capsys, "--weights", path, "--out", tmp_path)
+    (a, saved), (b, _) = map(bs.load_model, (path, other))
+    assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+    assert saved["arch"] == "tiny" and len(saved["classes"]) == 8 and not a.training
+    assert "model.pt, expected small for 8" in refused(capsys, "--weights", path, "--out", tmp_path)
 
 
 def test_a_person_labels_two_rounds_and_no_mistake_loses_anything(tmp_path, capsys):
@@ -629,7 +637,10 @@ def test_a_person_labels_two_rounds_and_no_mistake_loses_anything(tmp_path, caps
         for k, (image, y, x, _) in enumerate(csv.reader(lines[1:]), 1):  # by name or by number
             c = truth[image][int(y), int(x)]
             lines[k] += str(c) if k % 2 and c < 11 else [*names, "void"][c].upper()
-        for row, message in ("train0,1,2,zebra", "sky, .* 0 to 10, or void"), (lines[1], "one row"):
+        for row, message in (
+            ("train0,1,2,zebra", "an image.*; sky, .* 0 to 10, or void"),
+            (lines[1], ".* no pixel twice"),
+        ):
             file.write_text(text := "\n".join([*lines, row]))
             assert re.search(f"{file}:14: .*expected {message}", refused(capsys, *flags))
             assert file.read_text() == text
@@ -697,12 +708,11 @@ BAD = {
     "--mc-samples 1": "--mc-samples: 1: expected from 2", "--top 1.5": "--top: 1.5: expected",
     "--size 0 64": "--size: 0: expected from 16", "--batch-size 0": "--batch-size: 0: expected",
     "--seed 99999999999999999999": "--seed: 9+: expected", "--device tpu": "--device tpu: expected",
-    "--arch deeplabv3_resnet50 --weights none --batch-size 1": "--batch-size 1: .* at least 2",
     "--colour red": "unrecognized arguments: --colour red", "--out FILE": "FILE",
     "--weights nowhere.pt": "nowhere.pt: not the model.pt", "--weights FILE": "FILE: not the model",
-    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt is",
+    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt: .*No such",
     "--dataset cityscapes --root EMPTY": "cityscapes does not exist: log in at https.*unpack both",
-    "--oracle human --supervised": "--oracle human: expected no --supervised",
+    "--oracle human --supervised": "--oracle human: .* no --supervised",
     "--lr 1e20": "lower --lr", "--lr 1e20 --supervised": "lower --lr", "--lr 1e38": "--lr",
 }  # fmt: skip
 
@@ -722,12 +732,13 @@ def spoil(annotation: str, *shape: int, value: int = 0):
 
 SPOILT = {
     "train1 or its label is missing": lambda root: (root / "trainannot/train1.png").unlink(),
-    r"train1.png: L \(56, 20\) for an image RGB": spoil("trainannot/train1.png", 20, 56),
-    "train1.png: RGB .*: expected .* L or P": spoil("trainannot/train1.png", 40, 56, 3),
-    "train1.png: not a readable": lambda root: os.truncate(root / "train/train1.png", 200),
+    r"train1.png: RGB \(56, 40\) and L \(56, 20\): expected": spoil(
+        "trainannot/train1.png", 20, 56
+    ),
+    "train1.png: RGB .* RGB .*: expected .* L or P": spoil("trainannot/train1.png", 40, 56, 3),
+    "train1.png, label .*: .*truncated": lambda root: os.truncate(root / "train/train1.png", 200),
     "train1.png: pixels of 50, no class": spoil("trainannot/train1.png", 40, 56, value=50),
     "no pixel has a class, so there is nothing": spoil("trainannot/*", 40, 56, value=11),
-    "every pixel of the test images is void": spoil("testannot/*", 40, 56, value=11),
     "CamVid/train: no images there": lambda root: shutil.rmtree(root / "train"),
 }
 
@@ -825,7 +836,7 @@ def table(folders: list[Path]) -> int:
     """Markdown: a row per way of choosing, mean ± sample s.d. over seeds; area by trapezoids."""
     runs, bound = {}, {}
     for folder in folders:
-        miou, (name, _, seed) = [*bs.read_metrics(folder).values()], folder.name.rpartition("-seed")
+        miou, (name, _, seed) = bs.read_metrics(folder), folder.name.rpartition("-seed")
         if not miou or None in (miou := [x["mIoU"] for x in miou]):
             return print(f"{folder}: expected a run's folder, with mIoU", file=sys.stderr) or 2
         runs.setdefault(name, {})[seed] = miou
