@@ -207,9 +207,8 @@ def _small(weights):
     if weights == "imagenet":
         raise InputError("small has no ImageNet weights: use --weights none or a file")
     conv, block = torchvision.ops.Conv2dNormActivation, torchvision.models.resnet.Bottleneck
-    blocks = (block(192, 48, dilation=d) for d in (1, 2, 4, 8))
-    trunk = nn.Sequential(conv(3, 24, stride=2), conv(24, 192, stride=2), *blocks)
-    return trunk, nn.Identity(), 192
+    stem, rates = (conv(3, 24, stride=2), conv(24, 192, stride=2)), (1, 2, 4, 8)
+    return nn.Sequential(*stem, *(block(192, 48, dilation=d) for d in rates)), nn.Identity(), 192
 
 
 def _torchvision(weights, arch):
@@ -236,15 +235,14 @@ class MCDropoutFCN(nn.Module):
 
     def __init__(self, num_classes, arch="fcn_resnet50", dropout=0.2, weights="imagenet"):
         super().__init__()
-        start = weights if weights == "imagenet" else "none"
-        self.backbone, self.neck, channels = ARCHS[arch](start)
+        saved = None if weights in ("imagenet", "none") else load_model(weights)[0].state_dict()
+        self.backbone, self.neck, channels = ARCHS[arch]("none" if saved else weights)
         self.dropout, self.classify = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
         imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
         self.mixed = False  # run the trunk in bfloat16
-        if weights not in ("imagenet", "none"):
-            with blame(f"{weights}, expected {arch} for {num_classes} classes"):
-                self.load_state_dict(load_model(weights)[0].state_dict())
+        with blame(f"{weights}, expected {arch} for {num_classes} classes"):
+            self.load_state_dict(saved or self.state_dict())
 
     def features(self, x_B3HW):
         """feature_BDhw: what the last layer sees, before dropout."""
@@ -587,8 +585,8 @@ class Frames:
         raw_hw, rest = np.asarray(raw, np.uint8), (0, W - raw.width, 0, H - raw.height)
         class_hw = torch.from_numpy(self.lookup[raw_hw])
         if class_hw.min() < 0:
-            wrong = f"{self.paths[i][1]}: pixels of {raw_hw[class_hw < 0][0]}"
-            raise InputError(f"{wrong}, no class's id, not void")
+            wrong = raw_hw[class_hw < 0][0]
+            raise InputError(f"{self.paths[i][1]}: pixels of {wrong}, no class and not void")
         image_3hw = torchvision.transforms.functional.pil_to_tensor(image)
         label_HW = F.pad(class_hw.byte(), rest, value=IGNORE)
         return i, F.pad(image_3hw, rest, value=114), label_HW
@@ -600,8 +598,7 @@ class Frames:
             return synthetic_scene(self.size, *path)
         Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
         with blame(f"{path}, label {label}"):
-            image = Image.open(path)
-            image = image if label else ImageOps.exif_transpose(image)
+            image = Image.open(path) if label else ImageOps.exif_transpose(Image.open(path))
             raw = Image.open(label) if label else Image.new("L", image.size)
             good = image.mode[0] not in "IF" and raw.mode in ("1", "L", "P")
             if not good or raw.size != image.size:
@@ -803,7 +800,7 @@ def prepare(config):
     say(f"{config.folder.name}: {len(pool)} training and {len(test)} test images"
         f"{row.images and f' (the benchmark: {row.images})'}, {len(pool.classes)} classes, "
         f"{config.rounds} rounds of {config.epochs} epochs at {H} x {W} on {config.device}, "
-        f"{config.arch}{full if config.arch == 'small' else ''}")  # fmt: skip
+        f"{config.arch}{'' if row.defaults or config.arch != 'small' else full}")  # fmt: skip
     for frames in (pool, test):
         if 4 * len(frames) * H * W < 4e9:  # bytes
             read = DataLoader(frames, None, num_workers=config.workers)
@@ -961,8 +958,7 @@ def draw_panel(config, pool, model, points, last):
         pred_HW = predict(model, x_3HW[None])[0].cpu().masked_fill(void_HW, IGNORE)
         seen |= {*pred_HW.unique().tolist(), *label_HW.unique().tolist()}
         shown = {"image": image_3HW.movedim(0, 2).numpy()}
-        if known:
-            shown["truth"] = colours[label_HW]
+        shown |= {"truth": colours[label_HW]} if known else {}
         shown[f"prediction after round {r}"] = colours[pred_HW]
         if points:
             score_HW, picks_N3 = choose(config, model, points, r + 1, i, x_3HW, label_HW)
@@ -991,21 +987,20 @@ def draw_question(pool, i, yx_N2, folder):
     h, w = ((pool[i][2] != IGNORE).nonzero().amax(0) + 1).tolist()
     figure = matplotlib.figure.Figure((16, 9), layout="constrained")
     left, right = figure.subfigures(1, 2)
-    whole = left.add_subplot(xticks=[], yticks=[])
-    stretch = partial(ImageOps.autocontrast, preserve_tone=True)
+    whole, stretch = left.add_subplot(), partial(ImageOps.autocontrast, preserve_tone=True)
     whole.imshow(stretch(image, 0.1), extent=(0, w, h, 0))
     places = ((yx_N2[:, 1].argsort().argsort() + 0.5) / N * w).tolist()  # of the numbers, in a row
     lead = {"arrowstyle": "-", "color": "yellow"}
     for k, ((y, x), place) in enumerate(zip(yx_N2.tolist(), places), 1):
         whole.annotate(k, (x + 0.5, y + 0.5), (place, 1.05 * h), ha="center", arrowprops=lead)
         box = np.clip((x - 25, y - 25, x + 26, y + 26), 0, (w, h, w, h))
-        ax = right.add_subplot(n, n, k, xticks=[], yticks=[], facecolor="0.5")
-        close = stretch(image.crop(tuple(box * image.width / w)), 1)
-        ax.imshow(close, extent=box[[0, 2, 3, 1]])
-        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25))
+        ax, close = right.add_subplot(n, n, k), image.crop(tuple(box * image.width / w))
+        ax.imshow(stretch(close, 1), extent=box[[0, 2, 3, 1]])
+        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25), facecolor="0.5")
         ax.set_title(f"{k}: y {y}, x {x}", fontsize=10)
         for marked in (whole, ax):
             marked.plot(x + 0.5, y + 0.5, "s", mfc="none", color="yellow")
+            marked.set(xticks=[], yticks=[])
     names = ", ".join(f"{k} {name}" for k, name in enumerate(pool.classes))
     figure.supxlabel(f"a class, by name or number: {names}; or void", wrap=True)
     write(folder / f"{pool.names[i]}.png", figure.savefig)
