@@ -214,7 +214,7 @@ def _small(weights):
 def _torchvision(weights, arch):
     """torchvision's `arch`; the neck is its head without dropout and last layer."""
     start = "IMAGENET1K_V1" if weights == "imagenet" else None
-    with blame(f"no ImageNet weights of {arch}: use --weights none or a file"):
+    with blame(f"{arch}, weights {weights}: use --weights none or a file"):
         model = torchvision.models.get_model(arch, weights=None, weights_backbone=start)
     *neck, _, last = model.classifier
     return model.backbone, nn.Sequential(*neck), last.in_channels
@@ -241,8 +241,9 @@ class MCDropoutFCN(nn.Module):
         imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
         self.mixed = False  # run the trunk in bfloat16
-        with blame(f"{weights}, expected {arch} for {num_classes} classes"):
-            self.load_state_dict(saved or self.state_dict())
+        if saved:
+            with blame(f"{weights}, expected {arch} for {num_classes} classes"):
+                self.load_state_dict(saved)
 
     def features(self, x_B3HW):
         """feature_BDhw: what the last layer sees, before dropout."""
@@ -338,8 +339,9 @@ def read_labels(path, names, classes, size):
     """
     points, text, empty, (H, W) = {name: {} for name in names}, read_text(path), [], size
     meaning = {"": None, "void": IGNORE, str(IGNORE): IGNORE}
-    meaning |= {text: k for k, name in enumerate(classes) for text in (name.casefold(), str(k))}
-    ys, xs = ({str(k): k for k in range(n)} for n in size)
+    for k, name in enumerate(classes):
+        meaning |= dict.fromkeys((str(k), f"{k}.0", name.casefold()), k)
+    ys, xs = ({text: k for k in range(n) for text in (str(k), f"{k}.0")} for n in size)
     expected = (f"expected an image that is there, y from 0 to {H - 1}, x from 0 to {W - 1}, no "
                 f"pixel twice; {', '.join(classes)}, 0 to {len(classes) - 1}, or void")  # fmt: skip
     delimiter = max(",;\t", key=text.partition("\n")[0].count)  # they choose by country
@@ -347,10 +349,11 @@ def read_labels(path, names, classes, size):
     if next(rows, [])[:3] != ["image", "y", "x"]:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
     for image, *cells in filter(any, rows):
-        cells = [cell.strip().casefold().removesuffix(".0") for cell in cells]
+        cells = [cell.strip().casefold() for cell in cells]
         y, x, label = [*cells, "", "", ""][:3]
         at = ys.get(y), xs.get(x)
-        if None in at or label not in meaning or at in points.get(image, {at}):
+        known = image in points and None not in at and label in meaning
+        if not known or at in points[image]:
             row = " ".join(",".join([image, *cells]).split())[:80]
             raise InputError(f"{path}:{rows.line_num}: {row}: {expected}")
         points[image][at] = meaning[label]
@@ -599,7 +602,9 @@ class Frames:
         Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
         with blame(f"{path}, label {label}"):
             image = Image.open(path) if label else ImageOps.exif_transpose(Image.open(path))
-            raw = Image.open(label) if label else Image.new("L", image.size)
+            raw = (
+                Image.open(label) if label else Image.new("L", image.size, [*self.lookup].index(0))
+            )
             good = image.mode[0] not in "IF" and raw.mode in ("1", "L", "P")
             if not good or raw.size != image.size:
                 found = f"{image.mode} {image.size} and {raw.mode} {raw.size}"
@@ -745,7 +750,7 @@ def write(path, save):
             os.replace(Path(here, path.name), path)
 
 
-def read_config(folder, free=FREE):
+def read_config(folder, free):
     """What config.json says that a run was made from, but for what is `free` to change."""
     path = folder / "config.json"
     with blame(f"{path} is damaged: put it back, or delete it if the settings are the same"):
@@ -762,9 +767,9 @@ def open_folder(config, pool, test):
     for split, frames in (("train", pool), ("test", test)):
         for name, pair in zip(frames.names, frames.paths):  # their sizes tell data apart
             new[f"{split}/{name}"] = [p.stat().st_size for p in pair if isinstance(p, Path)]
-    text, was = json.dumps(new, indent=1), read_config(config.folder)
-    now = {k: v for k, v in json.loads(text).items() if k not in FREE}
-    differ = [k for k in was | now if was and was.get(k) != now.get(k)]
+    text, was = json.dumps(new, indent=1), read_config(config.folder, ())
+    now = json.loads(text)
+    differ = [k for k in was | now if was and k not in FREE and was.get(k) != now.get(k)]
     if config.oracle == "human":  # a person may add images and classes, and take back a class
         differ = [k for k in differ if k in was and (k in now or k[:6] != "class ")]
     if differ:
@@ -785,7 +790,7 @@ def read_metrics(folder):
 
 
 def prepare(config):
-    """The pool and the test frames: fetched, announced, and held if they fit in memory."""
+    """The pool and the test frames: fetched, announced, and held if below 4 GB."""
     row, (H, W), asking = DATASETS[config.dataset], config.size, config.oracle == "human"
     if WORLD > 1 and not dist.is_initialized():  # the processes of torchrun, a GPU each
         if config.device == "cuda":
@@ -917,11 +922,11 @@ def run(config, first=None):
             if (torch.cat(points)[:, 2] == IGNORE).all():
                 raise InputError(f"{path}: no pixel has a class, so there is nothing to learn")
         key = digest(pool.names, points)
-        if [x["labels"] for x in records[r : r + 1]] == [key]:
-            continue  # this round is done
+        if [x.get("labels") for x in records[r : r + 1]] == [key]:
+            continue  # done; once a label is corrected, this and the later rounds are not
 
         # Train on all labels so far, evaluate, and write down what came out.
-        model, learned = first.get(key) or fit(config, pool, points, r)
+        model, learned = (r == 0 and first.get(key)) or fit(config, pool, points, r)
         confusion_CC = torch.zeros(C, C, dtype=torch.long, device=config.device)
         for _, image_B3HW, label_BHW in batches(config, test, f"round {r}: evaluate"):
             confusion_CC += confusion_matrix(predict(model, image_B3HW), label_BHW, C)
@@ -977,7 +982,7 @@ def draw_panel(config, pool, model, points, last):
         axes[0].plot([], [], "s", color=colours[k] / 255, label=names[k])
     figure.legend(loc="outside lower center", ncols=9, frameon=False)
     figure.suptitle(f"{config.folder.name}, round {r}: {last['pixels_per_image']:.0f} pixels "
-                    f"an image, mIoU {last['mIoU'] or math.nan:.3f}")  # fmt: skip
+                    f"an image, mIoU {np.float64(last['mIoU']):.3f}")  # fmt: skip
     write(config.folder / f"round-{r:02d}/panel.png", figure.savefig)
 
 
@@ -1068,8 +1073,10 @@ def say(text, file=None):
 
 def main(argv=None):
     """The command line; exit code 2 after a line that says what to mend, 130 if stopped."""
-    parser = argparse.ArgumentParser("balent_seg.py", argparse.SUPPRESS, __doc__.split("\n\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "balent_seg.py", argparse.SUPPRESS, __doc__.split("\n\n")[1],
+        "None: what suits the machine and the dataset",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     heads = {"dataset": "data", "acquisition": "picking", "epochs": "training", "rounds": "run"}
     for f in fields(Config):
         group = parser.add_argument_group(heads[f.name]) if f.name in heads else group  # noqa: F821

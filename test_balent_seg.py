@@ -42,7 +42,6 @@ torch.set_num_threads(1)  # their number changes the last digits of a sum, and w
 
 
 def softmax_moments(T=20, C=5, shape=(40,), scale=3.0, seed=0):
-    """Moments over T draws of random softmax outputs, of every kind from certain to undecided."""
     g = torch.Generator().manual_seed(seed)
     centre = scale * torch.randn(1, C, *shape, generator=g)
     spread = torch.rand(1, 1, *shape, generator=g) * 2
@@ -315,7 +314,6 @@ def save(path: Path, pixels: np.ndarray, **how) -> None:
 
 
 def camvid_tree(root: Path, frames=5, suffix=".png") -> Path:
-    """A tree in CamVid's layout, of noise whose colour tells the class; void is 11."""
     rng = np.random.default_rng(0)
     for split, i in itertools.product(("train", "test"), range(frames)):
         label = rng.integers(0, 12, (4, 4), np.uint8).repeat(10, 0).repeat(14, 1)
@@ -392,6 +390,7 @@ def test_a_benchmark_in_its_official_layout_loads_and_runs(name, ends, tmp_path,
     *expected, path = ends.split()
     assert [train.classes[0], train.classes[-1], str(len(train.classes))] == expected
     assert (root / path).exists()
+    assert (bs.open_dataset(name, root, (56, 56), asking=True)[0][0][2] == 0).any()
     assert sorted(train.names) == sorted(raws)
     for stem, (_, image, label) in zip(train.names, train):
         expected = np.full((56, 56), bs.IGNORE)
@@ -443,7 +442,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def shell(*command, cwd=None, **env) -> tuple[str, str]:
-    """stdout and stderr of a command that succeeds."""
     how = {"cwd": cwd, "env": os.environ | {"OMP_NUM_THREADS": "1"} | env, "timeout": 200}
     done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
@@ -560,6 +558,8 @@ def test_functions_share_a_round_0_that_is_trained_once(finished, tmp_path, monk
     first, second = zip(*(story(tmp_path / f"synthetic-{name}-seed0") for name in names))
     assert len(calls) == 1 + len(names) and len({labels for labels, _ in second}) == 3
     assert [[x, second[1]] for x in first] == [story(finished[0].folder, 2)] * 3
+    assert run_main("--size", 16, 16, "--pixels", 300, "--out", tmp_path / "all") == 0
+    assert len(story(tmp_path / "all" / NAME)) == 3  # though round 0 has labelled every pixel
     for k, text in enumerate(("round;mIoU\n0;1\n", "round,mIoU\n0,0.5\n", "")):  # odd neighbours
         odd = shutil.copytree(tmp_path / NAME, tmp_path / f"synthetic-x-seed{k}")
         (odd / "metrics.csv").write_text(text)
