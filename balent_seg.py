@@ -326,7 +326,7 @@ def digest(names, points):
 
 def read_text(path):
     """A text in UTF-8 or, as its first bytes tell, UTF-16; accents in one normal form."""
-    with blame(f"{path}: expected text, or CSV, in UTF-8"):
+    with blame(f"{path} cannot be read as text or CSV in UTF-8"):
         content = path.read_bytes()
         marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
         return unicodedata.normalize("NFC", content.decode("utf-16" if marked else "utf-8-sig"))
@@ -922,7 +922,7 @@ def run(config, first=None):
             if (torch.cat(points)[:, 2] == IGNORE).all():
                 raise InputError(f"{path}: no pixel has a class, so there is nothing to learn")
         key = digest(pool.names, points)
-        if [x.get("labels") for x in records[r : r + 1]] == [key]:
+        if r < len(records) and records[r].get("labels") == key:
             continue  # done; once a label is corrected, this and the later rounds are not
 
         # Train on all labels so far, evaluate, and write down what came out.

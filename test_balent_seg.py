@@ -701,7 +701,7 @@ BAD = {
     "--seed 99999999999999999999": "--seed: 9+: expected", "--device tpu": "--device tpu: expected",
     "--colour red": "unrecognized arguments: --colour red", "--out FILE": "FILE",
     "--weights nowhere.pt": "nowhere.pt: not the model.pt", "--weights FILE": "FILE: not the model",
-    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt: .*No such",
+    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt cannot be read .*No such",
     "--dataset cityscapes --root EMPTY": "cityscapes does not exist: log in at https.*unpack both",
     "--oracle human --supervised": "--oracle human: .* no --supervised",
     "--lr 1e20": "lower --lr", "--lr 1e20 --supervised": "lower --lr", "--lr 1e38": "--lr",
