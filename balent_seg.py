@@ -1,7 +1,7 @@
 """Bayesian active learning for semantic segmentation with Balanced Entropy, in one file.
 
-A few well-chosen labels an image will do. Each round trains a network with Monte Carlo dropout
-on those so far, scores all other pixels by Balanced Entropy, and asks for the best few's labels.
+Each round trains a network with Monte Carlo dropout on the few pixels labelled so far, scores
+all others by Balanced Entropy, and asks for the labels of the best few of each image.
 
 Paper  Didari et al.: Bayesian Active Learning for Semantic Segmentation, 2024, arXiv:2408.01694
 Score  Woo: ... with Balanced Entropy Learning Principle, ICLR 2023, arXiv:2105.14559
@@ -15,8 +15,7 @@ P_i           probability of class i under one draw          prob
 m, v          mean and variance of P_i over the draws        mean_BCHW, var_BCHW
 alpha, beta   the Beta distribution with these moments       m * s, (1 - m) * s
 P_i^+         its conjugate posterior Beta(alpha + 1, beta)  (arguments of beta_entropy)
-h(.)          differential entropy of a Beta, nats           beta_entropy
-H(.)          Shannon entropy over the classes, nats         entropy
+h, H          entropies of a Beta and of the classes, nats   beta_entropy, entropy
 MJEnt         marginalised joint entropy                     mjent
 BalEnt        balanced entropy                               balanced_entropy
 BalEntAcq     the score, higher = label first                balent_acquisition
@@ -45,12 +44,10 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -188,7 +185,7 @@ def _power_bald(moments: Moments, generator: torch.Generator | None = None) -> T
 
 
 # Each takes Moments and a generator, which only the random ones use.
-ACQUISITIONS: dict[str, Callable[..., Tensor]] = {
+ACQUISITIONS = {
     "balent": lambda x, generator=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),
     "random": _uniform,
     "entropy": lambda x, generator=None: torch.special.entr(x.mean_BCHW).sum(1),  # H(m)
@@ -222,9 +219,8 @@ def _torchvision(weights, arch):
 
 # A row makes a trunk: weights, "imagenet" or "none" -> (backbone, neck, D); its input is RGB
 # normalised as ImageNet's. For a network of your own add a row, and call main().
-ARCHS: dict[str, Callable[[str], tuple[nn.Module, nn.Module, int]]] = {"small": _small} | {
-    arch: partial(_torchvision, arch=arch) for arch in ("fcn_resnet50", "fcn_resnet101")
-}
+ARCHS = {"small": _small}
+ARCHS |= {a: partial(_torchvision, arch=a) for a in ("fcn_resnet50", "fcn_resnet101")}
 
 
 class MCDropoutFCN(nn.Module):
@@ -255,7 +251,7 @@ class MCDropoutFCN(nn.Module):
     def forward(self, x_B3HW, upsample=True):
         """logits_BCHW, or logits_BChw; dropout acts in train mode only."""
         logits_BChw = self.classify(self.dropout(self.features(x_B3HW)))
-        return _upsample(logits_BChw, x_B3HW.shape[-2:]) if upsample else logits_BChw
+        return _upsample(logits_BChw, size=x_B3HW.shape[-2:]) if upsample else logits_BChw
 
     @torch.no_grad()
     def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:
@@ -271,7 +267,7 @@ class MCDropoutFCN(nn.Module):
         draws = torch.Generator().manual_seed(seed)
         keep_TD = (torch.rand(samples, D, generator=draws) >= p).to(feature_BDN) / (1 - p)
         eye_hh, eye_ww = (torch.eye(n).to(feature_BDN)[None, None] for n in (h, w))
-        up_Hh, up_wW = _upsample(eye_hh, (H, h))[0, 0], _upsample(eye_ww, (w, W))[0, 0]
+        up_Hh, up_wW = _upsample(eye_hh, size=(H, h))[0, 0], _upsample(eye_ww, size=(w, W))[0, 0]
         mean_BCHW, square_BCHW = feature_BDN.new_zeros(2, B, C, H, W)
         cond_BHW = feature_BDN.new_zeros(B, H, W)
         rows = 16 if x_B3HW.device.type == "cpu" else H  # what a CPU's cache holds
@@ -289,8 +285,7 @@ class MCDropoutFCN(nn.Module):
         return Moments(mean_BCHW, square_BCHW / samples, cond_BHW / samples)
 
 
-def _upsample(x_BChw, size):
-    return F.interpolate(x_BChw, size=tuple(size), mode="bilinear", align_corners=False)
+_upsample = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
@@ -487,24 +482,24 @@ def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
 
 # ---- 8. Data: the table of datasets, downloads, frames, synthetic scenes
 class Dataset(NamedTuple):  # a row of DATASETS
-    size: tuple[int, int]  # working height and width
+    size: tuple  # working height and width
     folder: str  # below --root
-    layout: Sequence[str]  # of images, labels, and a list of names if any; {}: split, *: name
-    classes: Sequence[str] | str  # their names, or the file that has them, one a line
-    splits: tuple[str, str] = ("train", "test")
-    raw: Sequence[int] = range(IGNORE)  # the ids of classes 0, 1, ... in a label image
-    void: Sequence[int] = ()  # ignored ids; none: 255 and the one after the last class
+    layout: tuple  # of images, labels, and a list of names if any; {}: split, *: name
+    classes: list | str  # their names, or the file that has them, one a line
+    splits: tuple = ("train", "test")
+    raw: list | range = range(IGNORE)  # the ids of classes 0, 1, ... in a label image
+    void: tuple = ()  # ignored ids; none: 255 and the one after the last class
     images: str = ""  # of the whole benchmark, training and test
     palette: str = ""  # RGB in hex, class by class; none: VOC's
-    urls: Sequence[str] = ()  # of an archive that holds the folder, tried in turn
+    urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
     advice: str = "put it there yourself, or check --root"
-    defaults: Sequence[tuple] = ()  # settings of its own
+    defaults: tuple = ()  # settings of its own
 
 
 CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if not c.ignore_in_eval]
 VOC = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
-DATASETS: dict[str, Dataset] = {
+DATASETS = {
     "synthetic": Dataset(
         (96, 128), "", (), ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"],
         palette="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
@@ -569,12 +564,12 @@ def files_in(root, pattern):
 class Frames:
     """A split of a dataset: frames (i, image_3HW, label_HW) in uint8."""
 
-    classes: Sequence[str]
+    classes: list[str]
     names: list[str]
     paths: list[tuple]  # image and label, None: class 0 all over; or the keys of a scene
     lookup: np.ndarray  # raw id 0..255 -> class, IGNORE, or -1: an error
     size: tuple[int, int]  # scaled down to fit it, never up; void fills what is left
-    held: Sequence[tuple] = ()  # all frames, if they stay in memory
+    held: list | tuple = ()  # all frames, if they stay in memory
 
     def __len__(self):
         return len(self.names)
@@ -740,14 +735,17 @@ def complete(config):
 
 def write(path, save):
     """`save`, a function or the rows of a CSV, under a temporary name, then renamed."""
+    part = path.with_name(f".{path.name}")  # what a run that is killed leaves, the next takes
     with blame(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(".tmp", ".", path.parent) as here:
-            if not callable(save):  # with a BOM, by which spreadsheets know UTF-8
-                csv.writer(text := io.StringIO(newline="")).writerows(save)
-                save = partial(Path.write_bytes, data=text.getvalue().encode("utf-8-sig"))
-            save(Path(here, path.name))
-            os.replace(Path(here, path.name), path)
+        if not callable(save):  # with a BOM, by which spreadsheets know UTF-8
+            csv.writer(text := io.StringIO(newline="")).writerows(save)
+            save = partial(Path.write_bytes, data=text.getvalue().encode("utf-8-sig"))
+        try:
+            save(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_config(folder, free):
@@ -760,8 +758,7 @@ def read_config(folder, free):
 
 def open_folder(config, pool, test):
     """Record in config.json what the run is made from; refuse what differs."""
-    for leftover in [*config.folder.glob("**/.*.tmp")]:
-        shutil.rmtree(leftover)
+
     new = asdict(config) | {f"class {k}": name for k, name in enumerate(pool.classes)}
     new["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
     for split, frames in (("train", pool), ("test", test)):
@@ -833,20 +830,13 @@ def batches(config, frames, what, order=None, size=1):
 
 
 def fit(config, pool, points, r):
-    """The network of round r and what it learned: from model.pt, or trained."""
+    """The network of round r, trained on `points`; its loss, and the seconds it took."""
     clock, device, size = time.time(), config.device, config.batch_size
     torch.manual_seed(config.seed)  # CHOICE 8: the same weights in every round
     model = MCDropoutFCN(len(pool.classes), config.arch, config.dropout, config.weights)
     model, model.mixed = model.to(device), config.amp
     if device != "mps":  # there BatchNorm was wrong in it until mid-2026: pytorch#175189
         model.to(memory_format=torch.channels_last)
-    learned = {"round": r, "labels": digest(pool.names, points), "classes": [*pool.classes],
-               "arch": config.arch, "dropout": config.dropout}  # fmt: skip
-    with suppress(InputError):  # a model.pt that is missing or damaged is trained again
-        last, saved = load_model(config.folder / "model.pt")
-        if learned.items() <= saved.items():
-            model.load_state_dict(last.state_dict())
-            return model, saved
     views, shuffle = stream(VIEWS, config.seed, r, RANK), stream(ORDER, config.seed, r)
     torch.manual_seed(views.initial_seed())  # for dropout
     steps = math.ceil(len(pool) / size) * config.epochs  # of full batches, for BatchNorm
@@ -860,12 +850,11 @@ def fit(config, pool, points, r):
     for buffer in model.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics: all score with the same network
     predict(model, pool[0][1][None].to(device))  # one that diverged is not kept
-    return model, learned | {"loss": loss, "seconds": time.time() - clock}
+    return model, {"loss": loss, "seconds": time.time() - clock}
 
 
-def ask(config, pool, points, r, path):
+def ask(config, pool, model, points, r, path):
     """Write the labels.csv of round r: the truth, or, for a person, pictures and no labels."""
-    model = fit(config, pool, points, r - 1)[0] if r else None  # from model.pt, as a rule
     rows, human = [], config.oracle == "human"
     for (i,), (image_3HW,), (label_HW,) in batches(config, pool, f"round {r}: score"):
         _, picks_N3 = choose(config, model, points, r, i.item(), image_3HW, label_HW)
@@ -881,29 +870,29 @@ def ask(config, pool, points, r, path):
 def write_down(config, pool, model, points, confusion_CC, learned, records):
     """Add the record of a round, and write its files; metrics.csv, the last, says: done."""
     labels = (p[:, 2] for p in points) if points else (label_HW for _, _, label_HW in pool)
-    pixels = sum(int((label != IGNORE).sum()) for label in labels)
-    last = {"round": learned["round"], "pixels": pixels, "pixels_per_image": pixels / len(pool)}
+    pixels, r = sum(int((label != IGNORE).sum()) for label in labels), len(records)
     iou_C, accuracy = iou_per_class(confusion_CC), confusion_CC.trace() / confusion_CC.sum()
     scores = {"mIoU": iou_C.nanmean(), "pixel_accuracy": accuracy}
     scores |= {f"IoU {name}": iou for name, iou in zip(pool.classes, iou_C)}
-    last |= {k: None if v.isnan() else v.item() for k, v in scores.items()}
-    last |= {k: learned[k] for k in ("loss", "seconds", "labels")}
-    records[last["round"] :] = [last]
+    last = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
+    last |= {k: None if v.isnan() else v.item() for k, v in scores.items()} | learned
+    records.append(last)
     if RANK == 0:
-        saved = learned | {"weights": model.state_dict()}
+        saved = {"arch": config.arch, "dropout": config.dropout, "classes": [*pool.classes]}
+        saved |= last | {"weights": model.state_dict()}
         write(config.folder / "model.pt", partial(torch.save, saved))
         if matplotlib:
             draw_panel(config, pool, model, points, last)
         write(config.folder / "metrics.csv", [last, *(map(x.get, last) for x in records)])
     miou = "not measured" if last["mIoU"] is None else f"{last['mIoU']:.4f}"
-    say(f"round {last['round']}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, "
+    say(f"round {r}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, "
         f"loss {last['loss']:.3f}, trained in {last['seconds']:.0f} s")  # fmt: skip
     gather(None)
 
 
 def run(config, first=None):
     """The lines of metrics.csv, a dict a round. `first` hands the network of round 0 on."""
-    config, first = complete(config), {} if first is None else first
+    config, first, model = complete(config), {} if first is None else first, None
     pool, test = prepare(config)
     records, C = read_metrics(config.folder), len(pool.classes)
     points = None if config.supervised else [torch.zeros(0, 3).long()] * len(pool)
@@ -912,7 +901,9 @@ def run(config, first=None):
         path = config.folder / f"round-{r:02d}/labels.csv"
         if points:
             if not path.exists():
-                ask(config, pool, points, r, path)
+                if r and model is None:  # after an interruption, or with more --rounds than before
+                    model, _ = fit(config, pool, points, r - 1)
+                ask(config, pool, model, points, r, path)
             fresh, empty = read_labels(path, pool.names, pool.classes, config.size)
             if empty:
                 say(f"round {r}: {len(empty)} labels to fill in, from line {empty[0]} of {path}: a "
@@ -927,12 +918,12 @@ def run(config, first=None):
 
         # Train on all labels so far, evaluate, and write down what came out.
         model, learned = (r == 0 and first.get(key)) or fit(config, pool, points, r)
+        first |= {} if r else {key: (model, learned)}
         confusion_CC = torch.zeros(C, C, dtype=torch.long, device=config.device)
         for _, image_B3HW, label_BHW in batches(config, test, f"round {r}: evaluate"):
             confusion_CC += confusion_matrix(predict(model, image_B3HW), label_BHW, C)
-        confusion_CC = total(confusion_CC).cpu()
-        write_down(config, pool, model, points, confusion_CC, learned, records)
-        first |= {} if r else {key: (model, learned)}
+        confusion_CC, records[r:] = total(confusion_CC).cpu(), []
+        write_down(config, pool, model, points, confusion_CC, learned | {"labels": key}, records)
     say(f"{config.folder} is done: model.pt, metrics.csv" + ", panels" * bool(matplotlib))
     return records[: config.rounds]
 

@@ -496,18 +496,19 @@ def test_a_run_leaves_its_files_its_labels_are_true_and_a_rerun_changes_nothing(
 
 @pytest.mark.parametrize("moment", range(1, 10))
 def test_a_run_killed_at_any_moment_ends_as_if_nothing_was(moment, finished, tmp_path, monkeypatch):
-    there, calls = dataclasses.replace(finished[0], out=str(tmp_path), rounds=2), []
+    there, calls, half = dataclasses.replace(finished[0], out=str(tmp_path), rounds=2), [], {}
 
     def rename(old, new, original=os.replace):
         calls.append(new)
-        if len(calls) == moment:  # what it was writing stays under its temporary name
-            shutil.copytree(Path(old).parent, Path(new).parent / ".killed.tmp")
+        if len(calls) == moment:
+            half.update({old: old.read_bytes()})
             raise KeyboardInterrupt
         original(old, new)
 
     monkeypatch.setattr(os, "replace", rename)
-    assert run_main("--rounds", 2, "--out", tmp_path) == 130
-    assert bs.run(there)[1]["mIoU"] == finished[1][1]["mIoU"] and not [*tmp_path.rglob("*.tmp")]
+    assert run_main("--rounds", 2, "--out", tmp_path) == 130 and not [*tmp_path.rglob(".*")]
+    [old.write_bytes(content) for old, content in half.items()]  # as if it had not cleaned up
+    assert bs.run(there)[1]["mIoU"] == finished[1][1]["mIoU"] and not [*tmp_path.rglob(".*")]
     assert story(there.folder) == story(finished[0].folder, 2)
 
 
@@ -516,12 +517,11 @@ def test_what_is_damaged_or_corrected_is_made_anew_or_gets_one_line(finished, tm
     config, before = bs.Config(**TINY, out=str(tmp_path / "copy")), finished[0].folder
     out, labels = ("--out", config.out), config.folder / "round-00/labels.csv"
     assert re.search("pixels was 4, is 5 .*use another --out", refused(capsys, "--pixels", 5, *out))
-    for name in ("metrics.csv", "model.pt"):
-        content = (config.folder / name).read_bytes()
-        for damaged in (content[: len(content) // 2], b"\xff\0"):
-            (config.folder / name).write_bytes(damaged)
-            assert len(bs.run(config)) == 3 and story(config.folder) == story(before)
-    assert len(bs.run(dataclasses.replace(config, rounds=4))) == 4  # from the damaged model.pt
+    content = (config.folder / "metrics.csv").read_bytes()
+    for damaged in (content[: len(content) // 2], b"\xff\0"):
+        (config.folder / "metrics.csv").write_bytes(damaged)
+        assert len(bs.run(config)) == 3 and story(config.folder) == story(before)
+    assert len(bs.run(dataclasses.replace(config, rounds=4))) == 4
     kept, _ = labels.read_bytes(), capsys.readouterr()
     for content in (b"", b"\xff\xfa\xfb", b"image,y,x,label\n", b"what is this\n", b"\0\0"):
         labels.write_bytes(content)
@@ -548,7 +548,7 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_file(error, tmp_path, caps
     monkeypatch.setattr(torch, "save", save)
     expected = f"{tmp_path / NAME / 'model.pt'} cannot be written: {error}"
     assert expected in refused(capsys, "--out", tmp_path)
-    assert not [*tmp_path.rglob("*.tmp")] and not [*tmp_path.rglob("model.pt")]
+    assert not [*tmp_path.rglob("*model.pt")]
 
 
 def test_functions_share_a_round_0_that_is_trained_once(finished, tmp_path, monkeypatch, capsys):
