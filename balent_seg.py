@@ -190,7 +190,6 @@ ACQUISITIONS = {
     "balent": lambda x, generator=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),
     "random": _uniform,
     "entropy": lambda x, generator=None: torch.special.entr(x.mean_BCHW).sum(1),  # H(m)
-    # the second most probable class minus the first
     "margin": lambda x, generator=None: x.mean_BCHW.topk(2, 1).values.diff(dim=1)[:, 0],
     "least_confidence": lambda x, generator=None: 1 - x.mean_BCHW.amax(1),
     "bald": _bald,
@@ -577,10 +576,12 @@ def list_frames(row, root, split, seed, asking):
         folder, end = pattern.split("*")
         for path in sorted(glob.glob("**/*.*", root_dir=root / folder, recursive=True)):
             name, _, suffix = unicodedata.normalize("NFC", path).rpartition(f"{end}.")
-            if suffix.lower() in ("png", "jpg", "jpeg"):
+            if suffix.lower() in ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp"):
                 if name in files:
                     raise InputError(f"{files[name]}: {path} has the same name")
                 files[name] = root / folder / path
+            elif name:  # else one of Cityscapes' other kinds
+                say(f"{root / folder / path} is skipped: not a picture that can be read")
     if asking and split == row.splits[0]:  # a person labels the pool
         masks = dict.fromkeys(found)
     elif asking and not masks:  # and then nothing is tested
@@ -670,9 +671,8 @@ class Config:
     @property
     def folder(self):
         """Where the files of the run are; its last part is the name of the run."""
-        how = f"{self.acquisition}-top{self.top:g}".removesuffix("-top0")
-        how = "supervised" if self.supervised else how
-        return Path(self.out, f"{self.dataset}-{how}-seed{self.seed}")
+        how = "supervised" if self.supervised else f"{self.acquisition}-top{self.top:g}"
+        return Path(self.out, f"{self.dataset}-{how.removesuffix('-top0')}-seed{self.seed}")
 
 
 def complete(config):
@@ -934,10 +934,9 @@ def draw_masks(config, pool, model, folder):
     """The predicted classes of every image of the pool, in its size: indexed PNGs."""
     for i, image_3HW, label_HW in pool:
         pred_HW = predict(model, image_3HW[None].to(config.device))[0].byte().cpu()
-        h, w = ((label_HW != IGNORE).nonzero().amax(0) + 1).tolist()
-        mask = Image.fromarray(pred_HW[:h, :w].numpy())
+        (h, w), photo = ((label_HW != IGNORE).nonzero().amax(0) + 1).tolist(), pool.pictures(i)[0]
+        mask = Image.fromarray(pred_HW[:h, :w].numpy()).resize(photo.size, Image.NEAREST)
         mask.putpalette(palette(config.dataset).tobytes())
-        mask = mask.resize(pool.pictures(i)[0].size, Image.NEAREST)
         write(folder / f"{pool.names[i]}.png", mask.save)
 
 
