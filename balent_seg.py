@@ -25,10 +25,10 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds th
  2  h in a form without cancellation, for float32; that code's clamps move it by 0.1 nat.
  3  Population variance: then v <= m (1 - m), as a Beta needs. Welford's update keeps small ones.
  4  Means and deviations below the dtype's resolution of a probability count as that.
- 5  A draw is one network for all pixels: upsampled masks per position leave a lattice in v.
+ 5  A draw is one network for all pixels: upsampled masks per position put a lattice in v.
  6  Logits are upsampled first; softmax and moments are taken at full resolution.
  7  Images are scored one by one: picks cannot depend on batches or processes.
- 8  Every round trains from the initial weights: settings, seed, round and labels decide it.
+ 8  Each round trains from the initial weights: settings, seed, round, labels, processes decide.
  9  mIoU: over the classes that occur in the truth, after the last epoch, at the working size.
 
     python balent_seg.py                         synthetic scenes, on a CPU, in minutes
@@ -94,7 +94,7 @@ def _stirling(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         d = 1 / (12 y) - 1 / (360 y^3) + 1 / (1260 y^5)
         e = 1 / (12 y^2) - 1 / (120 y^4) + 1 / (252 y^6)
 
-    and what is large cancels, as (x - j) / (x + i) = 1 - (j + i) / (x + i).
+    and what is large cancels, as sum_i (x - j) / (x + i) = 3 - sum_i (j + i) / (x + i).
     """
     y = x + 3
     u = 1 / y
@@ -113,7 +113,7 @@ def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         h = ln B(alpha, beta) - (alpha - 1) digamma(alpha) - (beta - 1) digamma(beta)
             + (n - 2) digamma(n),    n = alpha + beta
 
-    Within 5e-6 of the exact value (float64: 2e-7), relative to max(1, |h|), up to 1e13.
+    Within 5e-6 of the exact value (float64: 2e-7) over max(1, |h|), from 1e-36 to 1e13.
     """
     # CHOICE 2: no difference of large numbers, so no epsilon in a logarithm, no clamp.
     scale_a, rest_a = _stirling(alpha, 1)
@@ -138,9 +138,9 @@ def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> tor
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, var = mean.to(dtype).movedim(dim, 0), var.to(dtype).movedim(dim, 0)
     # CHOICE 4: eps, the spacing of floats above 1, is the resolution of a probability and of its
-    # deviation: a one-hot mean, or draws that all agree, is as certain as floats can tell.
+    # deviation: a one-hot mean, or draws that agree, is as certain as floats can tell.
     eps, balent = torch.finfo(dtype).eps, []
-    block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))  # for caches
+    block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))  # in caches
     flat = (x.reshape(len(x), -1).split(block, 1) for x in (mean, var))
     for p, v in zip(*flat):
         m = p.clamp(eps, 1 - eps)
@@ -159,9 +159,7 @@ def balent_acquisition(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> t
 
 
 # ---- 2. Other acquisition functions: (B, H, W), higher = label first; the one registry
-class Moments(NamedTuple):
-    """What T draws of the weights say of each pixel: all that an acquisition function needs."""
-
+class Moments(NamedTuple):  # of the class probabilities, over T draws of the weights
     mean_BCHW: Tensor  # E[P]
     var_BCHW: Tensor  # Var[P], the population variance
     cond_entropy_BHW: Tensor  # E[H(P)], in nats
@@ -264,7 +262,7 @@ class MCDropoutFCN(nn.Module):
         # CHOICE 5: a draw drops channels everywhere: one classifier for the whole image.
         draws = torch.Generator().manual_seed(seed)
         keep_TD = (torch.rand(samples, D, generator=draws) >= p).to(feature_BDN) / (1 - p)
-        eye_hh, eye_ww = (torch.eye(n).to(feature_BDN)[None, None] for n in (h, w))
+        eye_hh, eye_ww = (torch.eye(n).to(feature_BDN)[None, None] for n in (h, w))  # bilinear maps
         up_Hh, up_wW = _upsample(eye_hh, size=(H, h))[0, 0], _upsample(eye_ww, size=(w, W))[0, 0]
         mean_BCHW, square_BCHW = feature_BDN.new_zeros(2, B, C, H, W)
         cond_BHW = feature_BDN.new_zeros(B, H, W)
@@ -465,8 +463,7 @@ class Dataset(NamedTuple):  # a row of DATASETS
     classes: list | str  # their names, or the file that has them, one a line
     layout: tuple = ("{}/*", "{}annot/*")  # of images, labels, names; {}: split, *: name
     splits: tuple = ("train", "test")
-    raw: list | range = range(IGNORE)  # the classes' ids; void: 255, the rest to last + 1
-
+    raw: list | range = range(IGNORE)  # ids of the classes; others to last + 1, and 255: void
     palette: str = ""  # RGB in hex, class by class; none: VOC's
     urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
@@ -496,7 +493,6 @@ DATASETS = {
         ("JPEGImages/*", "SegmentationClass/*", "ImageSets/Segmentation/{}.txt"),
         ("train", "val"), md5="6cd6e144f989b92b3379bac3b3de84fd",
         urls=["http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
-
               "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"]),
     "ade20k": Dataset(
         (512, 512), "ADEChallengeData2016", "objectInfo150.txt",
@@ -567,7 +563,7 @@ class Frames:
 
 
 def list_frames(row, root, split, seed, asking):
-    """{name: pair} of a split: paths, none hidden, or no label, or the keys of a scene."""
+    """{name: pair} of a split: image and label, or no label, or the keys of a scene."""
     if not row.layout:
         return {f"{split}-{i:04d}": (None, (seed, len(split), i)) for i in range(40)}
     images, labels, *listed = (pattern.format(split) for pattern in row.layout)
@@ -601,7 +597,7 @@ def open_dataset(name, root, size, seed=0, asking=False):
         path, lines = root / classes, read_text(root / classes).splitlines()
         names = [line.strip().split("\t")[-1].split(",")[0].strip() for line in lines]
         classes = [x for x in names if x not in ("", "__ignore__")][-len(row.raw) :]
-        good = {c.casefold() for c in classes if c.isprintable() and not c.isdecimal()}
+        good = {c.casefold() for c in classes if c.isprintable() and c.strip(".0123456789")}
         if not 2 <= len(classes) == len(good - {"void"}) <= 254:
             raise InputError(f"{path}: {', '.join(classes):.200}: expected 2 to 254 different "
                              "names, one a line, no void, no number")  # fmt: skip
@@ -653,7 +649,7 @@ class Config:
     acquisition: str = option("balent", "several run in turn", choices=ACQUISITIONS, nargs="+")
     pixels: int = option(10, "labels per image and round", 1)
     mc_samples: int = option(50, "draws of the weights", 2)
-    top: float = option(0.0, "draw the picks from this best part; PixelPick: 0.05", 0, 1.0)
+    top: float = option(0.0, "draw picks from this best part; PixelPick: 0.05", 0, 1.0)
     oracle: str = option("truth", "who labels", choices=("truth", "human"))
     supervised: bool = option(False, "label every pixel, train once", action="store_true")
     epochs: int = option(None, "epochs a round, 0 for none", 0)
@@ -709,7 +705,7 @@ def write(path, save):
 
 
 def read_config(folder, free):
-    """What config.json says that a run was made from, but for what is `free` to change."""
+    """What config.json says a run was made from, but for what is `free` to change."""
     path = folder / "config.json"
     with blame(f"{path} is damaged: put it back, or delete it if the settings are the same"):
         was = json.loads(read_text(path)) if path.exists() else {}
@@ -720,6 +716,8 @@ def open_folder(config, pool, test):
     """Record in config.json what the run is made from; refuse what differs."""
     new = vars(config) | {f"class {k}": name for k, name in enumerate(pool.classes)}
     new["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+    if os.path.isfile(config.weights):
+        new["weights"] = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()
     for split, frames in (("train", pool), ("test", test)):
         for name, pair in zip(frames.names, frames.paths):  # their sizes tell data apart
             new[f"{split}/{name}"] = [p.stat().st_size for p in pair if isinstance(p, Path)]
@@ -803,9 +801,9 @@ def fit(config, pool, points, r):
     if WORLD > 1 and device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    add_up = [dist.all_reduce] if WORLD > 1 else []
-    loss = sum(gather(train(parallel, found, points, steps, optimizer, views, *add_up))) / WORLD
-    predict(parallel, pool[0][1][None].to(device))  # or it diverged; all get rank 0's BatchNorm
+    add_up = dist.all_reduce if WORLD > 1 else lambda counts: None
+    loss = sum(gather(train(parallel, found, points, steps, optimizer, views, add_up))) / WORLD
+    predict(parallel, pool[0][1][None].to(device))  # or it diverged; syncs BatchNorm's statistics
     return model, {"loss": loss, "seconds": time.time() - clock}
 
 
@@ -832,9 +830,9 @@ def write_down(config, pool, model, points, r, confusion_CC, learned, records):
     scores = iou_C.nanmean(), confusion_CC.trace() / confusion_CC.sum(), *iou_C
     last = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
     last |= {k: None if v.isnan() else v.item() for k, v in zip(names, scores)} | learned
-    records[r:] = [last]
+    records[r:] = [last]  # later ones learned from other labels
     if RANK == 0:
-        saved = vars(config) | last | {"classes": pool.classes, "weights": model.state_dict()}
+        saved = last | vars(config) | {"classes": pool.classes, "weights": model.state_dict()}
         write(config.folder / "model.pt", partial(torch.save, saved))
         if matplotlib:
             draw_panel(config, pool, model, points, last)
@@ -847,13 +845,13 @@ def write_down(config, pool, model, points, r, confusion_CC, learned, records):
 
 
 def run(config, first=None):
-    """The lines of metrics.csv, a dict a round. `first` hands the network of round 0 on."""
+    """A dict a round, until a person is to label. `first` hands the network of round 0 on."""
     config, first, model = complete(config), {} if first is None else first, None
     pool, test = prepare(config)
     records, C = read_metrics(config.folder), len(pool.classes)
     points = None if config.supervised else [torch.zeros(0, 3).long()] * len(pool)
     for r in range(config.rounds):
-        # Label: the pixels of each image that the network of the last round scores highest.
+        # Label: the pixels of each image that the last round's network scores highest.
         path = config.folder / f"round-{r:02d}/labels.csv"
         if points:
             if not path.exists():
@@ -866,8 +864,10 @@ def run(config, first=None):
                     "class or void for each pixel of pictures/; then run this again")  # fmt: skip
                 return records[:r]
             points = [torch.cat(pair) for pair in zip(points, fresh)]
+            if any(len(p) > len(p[:, :2].unique(dim=0)) for p in points):
+                raise InputError(f"{path}: a pixel of an earlier round again: take one of them out")
             if (torch.cat(points)[:, 2] == IGNORE).all():
-                raise InputError(f"{path}: no pixel has a class, so there is nothing to learn")
+                raise InputError(f"{path}: no pixel has a class: add a row for one that has")
         key = digest(pool.names, points)
         if r < len(records) and records[r].get("labels") == key:
             continue  # done; once a label is corrected, this and the later rounds are not
@@ -931,7 +931,7 @@ def draw_panel(config, pool, model, points, last):
 
 
 def draw_masks(config, pool, model, folder):
-    """The predicted classes of every image of the pool, in its size: indexed PNGs."""
+    """The predicted classes of every image of the pool, upright, in its size: indexed PNGs."""
     for i, image_3HW, label_HW in pool:
         pred_HW = predict(model, image_3HW[None].to(config.device))[0].byte().cpu()
         (h, w), photo = ((label_HW != IGNORE).nonzero().amax(0) + 1).tolist(), pool.pictures(i)[0]
@@ -991,7 +991,8 @@ def draw_curves(config):
             axes.errorbar(x, y, spread, marker="o", label=label, capsize=2)
     if curves:
         figure.legend(loc="outside right upper")
-        write(path, figure.savefig)
+        write(config.folder / path.name, figure.savefig)  # where no other command writes
+        os.replace(config.folder / path.name, path)
         say(f"{path} has the curves")
 
 
@@ -1033,7 +1034,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, reason = 130, "stopped; the same command goes on from here"
-    except (InputError, OSError, RuntimeError) as error:
+    except (InputError, OSError, RuntimeError, csv.Error) as error:
         code, reason = 2, str(error).split("InputError: ")[-1]  # a worker's is in its traceback
         if isinstance(error, RuntimeError) and "memory" not in reason:
             raise
