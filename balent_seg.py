@@ -7,7 +7,7 @@ Paper  Didari et al.: Bayesian Active Learning for Semantic Segmentation, 2024, 
 Score  Woo: ... with Balanced Entropy Learning Principle, ICLR 2023, arXiv:2105.14559
 Read   section 1, the score; 3, the network and its moments; 7, picking; in 9 the loop, `run`
 
-Dimensions  B image in a batch, C class, D feature channel, T draw of the weights, N point,
+Dimensions  B image in a batch, C class, D feature channel, T draw of weights, N point,
             H W pixel, h w feature position; 2, 3: axes x y, or y x class, or RGB
 
 Symbol        meaning                                        name in the code
@@ -283,7 +283,7 @@ class MCDropoutFCN(nn.Module):
 
 def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
     """The network of a model.pt, and what else that holds: classes, arch, dropout, round ..."""
-    with blame(f"{path}: not the model.pt of a run"):
+    with blame(f"{path}: not the model.pt of a run, or its arch is not in ARCHS"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = MCDropoutFCN(len(saved["classes"]), saved["arch"], saved["dropout"], "none")
         model.load_state_dict(saved.pop("weights"))
@@ -314,7 +314,7 @@ def digest(names, points):
 
 def read_text(path):
     """A text in UTF-8 or, as its first bytes tell, UTF-16; accents in one normal form."""
-    with blame(f"{path} cannot be read as text or CSV in UTF-8"):
+    with blame(f"{path} cannot be read; expected a text or CSV in UTF-8"):
         content = path.read_bytes()
         return unicodedata.normalize("NFC", content.decode(json.detect_encoding(content)))
 
@@ -644,22 +644,22 @@ class Config:
 
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "where CamVid/ and such are, or the folder dataset itself")
-    size: tuple[int, int] = option(None, "working size, H W", 16, nargs=2)
-    workers: int = option(None, "processes that decode images", 0)
+    size: tuple = option(None, "height width; None: the dataset's, small a third", 16, nargs=2)
+    workers: int = option(None, "processes that decode images; None: by cores", 0)
     acquisition: str = option("balent", "several run in turn", choices=ACQUISITIONS, nargs="+")
     pixels: int = option(10, "labels per image and round", 1)
     mc_samples: int = option(50, "draws of the weights", 2)
     top: float = option(0.0, "draw picks from this best part; PixelPick: 0.05", 0, 1.0)
     oracle: str = option("truth", "who labels", choices=("truth", "human"))
     supervised: bool = option(False, "label every pixel, train once", action="store_true")
-    epochs: int = option(None, "epochs a round, 0 for none", 0)
-    arch: str = option(None, "network", choices=ARCHS)
-    weights: str = option(None, "imagenet, none, or a model.pt")
+    epochs: int = option(None, "epochs a round, or 0; None: 50, small 20", 0)
+    arch: str = option(None, "network; None: fcn_resnet50, CPU small", choices=ARCHS)
+    weights: str = option(None, "imagenet, none, model.pt; None: imagenet, small none")
     dropout: float = option(0.2, "dropout rate before the last layer", 0, 1.0)
     batch_size: int = option(8, "images a step, in all processes", 1)
-    lr: float = option(None, "learning rate of AdamW", 1e-12, 1e30)
-    amp: bool = option(None, "the trunk in bfloat16", action=argparse.BooleanOptionalAction)
-    rounds: int = option(None, "rounds, the first at random", 1)
+    lr: float = option(None, "learning rate; None: 5e-4, small 2e-3", 1e-12, 1e30)
+    amp: bool = option(None, "bfloat16 trunk; None: on cuda", action=argparse.BooleanOptionalAction)
+    rounds: int = option(None, "rounds, the first random; None: 10, small 5", 1)
     device: str = option("auto", "cuda, mps, cpu, or auto: the first that is there")
     seed: int = option(0, "seed of all that is random", 0)
     out: str = option("runs", "folder in which each run gets a folder of its own")
@@ -728,7 +728,7 @@ def open_folder(config, pool, test):
         differ = [k for k in differ if k in was and (k in new or k[:6] != "class ")]
     if differ:
         what = "; ".join(f"{k} was {was.get(k)}, is {new.get(k)}" for k in differ[:3])
-        raise InputError(f"{config.folder}: {what} ({len(differ)}): use another --out")
+        raise InputError(f"{config.folder}: {what}; {len(differ)} in all: undo, or another --out")
     if was != new and RANK == 0:
         write(config.folder / "config.json", lambda path: path.write_text(text))
 
@@ -1017,14 +1017,13 @@ def say(text, file=None):
 
 def main(argv=None):
     """The command line; exit code 2 after a line that says what to mend, 130 if stopped."""
-    about = __doc__.split("\n\n")[1], "None: what suits the machine and the dataset"
-    parser = argparse.ArgumentParser("balent_seg.py", argparse.SUPPRESS, *about)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "usage": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("balent_seg.py", description=__doc__.split("\n\n")[1], **how)
     heads = {"dataset": "data", "acquisition": "picking", "epochs": "training", "rounds": "run"}
     for f in fields(Config):
         group = parser.add_argument_group(heads[f.name]) if f.name in heads else group  # noqa: F821
         group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
-    given, first = vars(parser.parse_args(argv)), {}
+    given, first = vars(parser.parse_args(argv)), {}  # first: round 0's network, for all
     names = given.pop("acquisition")
     names = ["balent"] if given["supervised"] or names == "balent" else dict.fromkeys(names)
     try:

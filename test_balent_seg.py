@@ -516,7 +516,7 @@ def test_what_is_damaged_or_corrected_is_made_anew_or_gets_one_line(finished, tm
     shutil.copytree(finished[0].out, tmp_path / "copy")
     config, before = bs.Config(**TINY, out=str(tmp_path / "copy")), finished[0].folder
     out, labels = ("--out", config.out), config.folder / "round-00/labels.csv"
-    assert re.search("pixels was 4, is 5 .*use another --out", refused(capsys, "--pixels", 5, *out))
+    assert re.search("pixels was 4, is 5; .*another --out", refused(capsys, "--pixels", 5, *out))
     content = (config.folder / "metrics.csv").read_bytes()
     for damaged in (content[: len(content) // 2], b"\xff\0"):
         (config.folder / "metrics.csv").write_bytes(damaged)
@@ -585,7 +585,7 @@ def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, m
         label = np.asarray(Image.open(path))
         save(path, np.where(label == 10, 11, label), comment="longer", compress_level=0)
     error = refused(capsys, *camvid, tmp_path)
-    assert re.search(r"train/train0 was \[\d+, \d+\], is .* \(5\): use another --out", error)
+    assert re.search(r"train/train0 was \[\d+, \d+\], is .*; 5 in all: .*another --out", error)
     assert run_main(*folder, root, "--seed", 1) == 0
     assert "no training label is of class moose" in capsys.readouterr().err
 
@@ -703,7 +703,7 @@ BAD = {
     "--seed 99999999999999999999": "--seed: 9+: expected", "--device tpu": "--device tpu: expected",
     "--colour red": "unrecognized arguments: --colour red", "--out FILE": "FILE",
     "--weights nowhere.pt": "nowhere.pt: not the model.pt", "--weights FILE": "FILE: not the model",
-    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt cannot be read .*No such",
+    "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt cannot be read; .*No such",
     "--dataset cityscapes --root EMPTY": "cityscapes does not exist: log in at https.*unpack left",
     "--oracle human --supervised": "--oracle human: .* no --supervised",
     "--lr 1e20": "lower --lr", "--lr 1e20 --supervised": "lower --lr", "--lr 1e38": "--lr",
