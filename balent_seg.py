@@ -467,7 +467,7 @@ class Dataset(NamedTuple):  # a row of DATASETS
     palette: str = ""  # RGB in hex, class by class; none: VOC's
     urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
-    advice: str = "put it there yourself, or check --root"
+    advice: str = "check --root, or put it there yourself"
     defaults: dict | tuple = ()  # settings of its own
 
 
@@ -506,7 +506,7 @@ DATASETS = {
 def fetch(row, root):
     """Download and unpack a dataset below `root`: the whole of it, or nothing."""
     goal, reasons = root / row.folder, [row.advice]
-    for url in row.urls:
+    for url in row.urls if root.name != goal.name else ():  # else --root is one too deep
         say(f"{goal} does not exist: fetching {url}")
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -639,9 +639,7 @@ def option(default, help, least=None, below=2**31, **how):
 
 
 @dataclass(frozen=True)
-class Config:
-    """The settings of one run; None is for `complete` to replace."""
-
+class Config:  # the settings of one run; None is for `complete` to replace
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "where CamVid/ and such are, or the folder dataset itself")
     size: tuple = option(None, "height width; None: the dataset's, small a third", 16, nargs=2)
@@ -681,6 +679,8 @@ def complete(config):
         raise InputError("--oracle human: expected matplotlib, and no --supervised")
     if config.batch_size % WORLD:
         raise InputError(f"--batch-size: expected a multiple of {WORLD} processes")
+    if config.weights not in (None, "imagenet", "none"):
+        load_model(config.weights)  # its errors come before a download
     given = {k: v for k, v in vars(config).items() if v is not None} | {"device": device}
     given = {"arch": "small" if device == "cpu" else "fcn_resnet50"} | dict(row.defaults) | given
     default = {"rounds": 10, "epochs": 50, "weights": "imagenet", "lr": 5e-4, "size": row.size}

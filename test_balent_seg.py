@@ -675,9 +675,8 @@ def test_any_number_of_processes_gives_the_same_picks_and_the_same_confusion(tmp
     how = "--acquisition", "balent", "power_bald"
     shell(*TORCHRUN, 3, bs.__file__, *FLAGS, *flags, tmp_path / "3", *how)
     assert run_main(*flags, tmp_path / "1", *how) == 0
-    folders = [f"{n}/synthetic-{name}-seed0" for n in "13" for name in how[1:]]
-    one, other, three, same = (story(tmp_path / folder) for folder in folders)
-    assert one == three and other == same and len(one) == len(other) == 2
+    one, three = ([story(tmp_path / n / f"synthetic-{x}-seed0") for x in how[1:]] for n in "13")
+    assert one == three and len(one[0]) == len(one[1]) == 2
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_rerun_ends_as_if_nothing_was(tmp_path):
@@ -705,6 +704,7 @@ BAD = {
     "--weights nowhere.pt": "nowhere.pt: not the model.pt", "--weights FILE": "FILE: not the model",
     "--weights imagenet": "has no ImageNet", "--dataset folder --root EMPTY": "classes.txt cannot be read; .*No such",
     "--dataset cityscapes --root EMPTY": "cityscapes does not exist: log in at https.*unpack left",
+    "--dataset camvid --root CamVid": "CamVid/CamVid does not exist: check --root, or put",
     "--oracle human --supervised": "--oracle human: .* no --supervised",
     "--lr 1e20": "lower --lr", "--lr 1e20 --supervised": "lower --lr", "--lr 1e38": "--lr",
 }  # fmt: skip
