@@ -506,7 +506,7 @@ DATASETS = {
 def fetch(row, root):
     """Download and unpack a dataset below `root`: the whole of it, or nothing."""
     goal, reasons = root / row.folder, [row.advice]
-    for url in row.urls if root.name != goal.name else ():  # else --root is one too deep
+    for url in row.urls if root.name not in row.folder.split("/") else ():  # --root too deep
         say(f"{goal} does not exist: fetching {url}")
         try:
             root.mkdir(parents=True, exist_ok=True)
