@@ -8,7 +8,7 @@ Score  Woo: ... with Balanced Entropy Learning Principle, ICLR 2023, arXiv:2105.
 Read   section 1, the score; 3, the network and its moments; 7, picking; in 9 the loop, `run`
 
 Dimensions  B image in a batch, C class, D feature channel, T draw of weights, N point,
-            H W pixel, h w feature position; 2, 3: axes x y, or y x class, or RGB
+            H W pixel, h w feature or unpadded pixel; points_N3 are (y, x, class)
 
 Symbol        meaning                                        name in the code
 P_i           probability of class i under one draw          prob
@@ -27,9 +27,9 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds th
  4  Means and deviations below the dtype's resolution of a probability count as that.
  5  A draw is one network for all pixels: upsampled masks per position put a lattice in v.
  6  Logits are upsampled first; softmax and moments are taken at full resolution.
- 7  Images are scored one by one: picks cannot depend on batches or processes.
+ 7  Images are scored one by one: one network's picks depend on no batch and no process.
  8  Each round trains from the initial weights: settings, seed, round, labels, processes decide.
- 9  mIoU: over the classes that occur in the truth, after the last epoch, at the working size.
+ 9  mIoU: over the classes that the truth has, after the last epoch, at the working size.
 
     python balent_seg.py                         synthetic scenes, on a CPU, in minutes
     python balent_seg.py --dataset camvid        fetches CamVid; small without a GPU
@@ -138,7 +138,7 @@ def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> tor
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, var = mean.to(dtype).movedim(dim, 0), var.to(dtype).movedim(dim, 0)
     # CHOICE 4: eps, the spacing of floats above 1, is the resolution of a probability and of its
-    # deviation: a one-hot mean, or draws that agree, is as certain as floats can tell.
+    # deviation: in h a one-hot mean, or draws that agree, is as sure as floats can tell.
     eps, balent = torch.finfo(dtype).eps, []
     block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))  # in caches
     flat = (x.reshape(len(x), -1).split(block, 1) for x in (mean, var))
@@ -262,7 +262,8 @@ class MCDropoutFCN(nn.Module):
         # CHOICE 5: a draw drops channels everywhere: one classifier for the whole image.
         draws = torch.Generator().manual_seed(seed)
         keep_TD = (torch.rand(samples, D, generator=draws) >= p).to(feature_BDN) / (1 - p)
-        eye_hh, eye_ww = (torch.eye(n).to(feature_BDN)[None, None] for n in (h, w))  # bilinear maps
+        eye_hh, eye_ww = (torch.eye(n).to(feature_BDN)[None, None] for n in (h, w))
+        # upsampling as two matrix products
         up_Hh, up_wW = _upsample(eye_hh, size=(H, h))[0, 0], _upsample(eye_ww, size=(w, W))[0, 0]
         mean_BCHW, square_BCHW = feature_BDN.new_zeros(2, B, C, H, W)
         cond_BHW = feature_BDN.new_zeros(B, H, W)
@@ -397,7 +398,7 @@ def train(model, batches, points, steps, optimizer, generator, add_up=lambda cou
         view_B3HW, *points_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), *points_BN)
         add_up(counts := torch.stack([count, torch.ones_like(count)]))
-        loss = loss * counts[1] / counts[0].clamp(min=1)  # no point in view: no gradient
+        loss = loss * counts[1] / counts[0].clamp(min=1)  # ranks: gradients are averaged
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -432,7 +433,7 @@ def predict(model, image_B3HW):
 
 # ---- 7. Acquisition: score the pixels of an image and pick those of one round
 def choose(config, model, points, r, i, image_3HW, label_HW):
-    """score_HW and picks_N3 of image i (uint8) in round r; without a model they are random."""
+    """score_HW and picks_N3 for round r of image i, by round r - 1's model if there is one."""
     keys, top = (config.seed, r, i), config.top if r else 0.0
     if model is None or config.acquisition == "random":
         score_HW = torch.rand(label_HW.shape, generator=stream(NOISE, *keys))
@@ -463,7 +464,7 @@ class Dataset(NamedTuple):  # a row of DATASETS
     classes: list | str  # their names, or the file that has them, one a line
     layout: tuple = ("{}/*", "{}annot/*")  # of images, labels, names; {}: split, *: name
     splits: tuple = ("train", "test")
-    raw: list | range = range(IGNORE)  # ids of the classes; others to last + 1, and 255: void
+    raw: list | range = range(IGNORE)  # ids of the classes; up to last + 1 the others are void
     palette: str = ""  # RGB in hex, class by class; none: VOC's
     urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
     md5: str | None = None  # of that archive
@@ -684,7 +685,7 @@ def complete(config):
     given = {k: v for k, v in vars(config).items() if v is not None} | {"device": device}
     given = {"arch": "small" if device == "cpu" else "fcn_resnet50"} | dict(row.defaults) | given
     default = {"rounds": 10, "epochs": 50, "weights": "imagenet", "lr": 5e-4, "size": row.size}
-    if given["arch"] == "small":  # else PixelPick's protocol
+    if given["arch"] == "small":  # in place of PixelPick's protocol
         default = {"rounds": 5, "epochs": 20, "weights": "none", "lr": 2e-3}
         default["size"] = [max(16, n // 3) for n in row.size]
     default |= {"workers": min(8, (os.cpu_count() or 1) // WORLD), "amp": device == "cuda"}
@@ -851,11 +852,11 @@ def run(config, first=None):
     records, C = read_metrics(config.folder), len(pool.classes)
     points = None if config.supervised else [torch.zeros(0, 3).long()] * len(pool)
     for r in range(config.rounds):
-        # Label: the pixels of each image that the last round's network scores highest.
+        # Label: in each image what the last round's network scores highest; at first, any.
         path = config.folder / f"round-{r:02d}/labels.csv"
         if points:
             if not path.exists():
-                if r and model is None:  # after an interruption, or with more --rounds than before
+                if r and not model and config.acquisition != "random":  # after a stop
                     model, _ = fit(config, pool, points, r - 1)
                 ask(config, pool, model, points, r, path)
             fresh, empty = read_labels(path, pool.names, pool.classes, config.size)
@@ -941,7 +942,7 @@ def draw_masks(config, pool, model, folder):
 
 
 def draw_question(pool, i, yx_N2, folder):
-    """A picture to label image i from: its pixels numbered, each with 50 pixels around it."""
+    """A picture to label image i from: its pixels numbered, each amid 50 pixels."""
     image, stretch = pool.pictures(i)[0], partial(ImageOps.autocontrast, preserve_tone=True)
     h, w = ((pool[i][2] != IGNORE).nonzero().amax(0) + 1).tolist()
     (y_N, x_N), N = yx_N2.T.numpy() + 0.5, len(yx_N2)
@@ -996,7 +997,7 @@ def draw_curves(config):
         say(f"{path} has the curves")
 
 
-# ---- 11. Ranks and command line; without torchrun the helpers of ranks do nothing
+# ---- 11. Ranks and command line; without torchrun there is one rank
 RANKED = dist.is_torchelastic_launched()  # a cluster's scheduler has other uses for WORLD_SIZE
 RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if RANKED else (0, 1)
 
