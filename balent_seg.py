@@ -28,7 +28,7 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds th
  5  A draw is one network for all pixels: upsampled masks per position put a lattice in v.
  6  Logits are upsampled first; softmax and moments are taken at full resolution.
  7  Images are scored one by one: one network's picks depend on no batch and no process.
- 8  Each round trains from the initial weights: settings, seed, round, labels, processes decide.
+ 8  Each round trains from the initial weights; of earlier rounds it has the labels alone.
  9  mIoU: over the classes that the truth has, after the last epoch, at the working size.
 
     python balent_seg.py                         synthetic scenes, on a CPU, in minutes
@@ -165,7 +165,7 @@ class Moments(NamedTuple):  # of the class probabilities, over T draws of the we
     cond_entropy_BHW: Tensor  # E[H(P)], in nats
 
 
-def _uniform(moments: Moments, generator: torch.Generator | None = None) -> Tensor:
+def _uniform(moments: Moments, generator=None) -> Tensor:
     """Uniform on [0, 1), drawn on the CPU so that every device picks the same pixels."""
     like_BHW = moments.cond_entropy_BHW
     return torch.rand(like_BHW.shape, generator=generator).to(like_BHW.device)
@@ -176,14 +176,14 @@ def _bald(moments: Moments, generator=None) -> Tensor:
     return (torch.special.entr(moments.mean_BCHW).sum(1) - moments.cond_entropy_BHW).clamp(min=0)
 
 
-def _power_bald(moments: Moments, generator: torch.Generator | None = None) -> Tensor:
+def _power_bald(moments: Moments, generator=None) -> Tensor:
     """ln BALD + Gumbel(0, 1) noise: picks in proportion to BALD (Kirsch et al. 2023)."""
     tiny = torch.finfo(torch.float32).tiny
     gumbel_BHW = -(-_uniform(moments, generator).clamp(min=tiny).log()).log()
     return _bald(moments).clamp(min=tiny).log() + gumbel_BHW
 
 
-# Each takes Moments and a generator, which only the random ones use.
+# Each takes Moments and a torch.Generator, which only the random ones use.
 ACQUISITIONS = {
     "balent": lambda x, generator=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),
     "random": _uniform,
@@ -651,12 +651,12 @@ class Config:  # the settings of one run; None is for `complete` to replace
     top: float = option(0.0, "draw picks from this best part; PixelPick: 0.05", 0, 1.0)
     oracle: str = option("truth", "who labels", choices=("truth", "human"))
     supervised: bool = option(False, "label every pixel, train once", action="store_true")
-    epochs: int = option(None, "epochs a round, or 0; None: 50, small 20", 0)
+    epochs: int = option(None, "epochs a round, or 0; None: 50, small 20, synthetic 40", 0)
     arch: str = option(None, "network; None: fcn_resnet50, CPU small", choices=ARCHS)
     weights: str = option(None, "imagenet, none, model.pt; None: imagenet, small none")
     dropout: float = option(0.2, "dropout rate before the last layer", 0, 1.0)
     batch_size: int = option(8, "images a step, in all processes", 1)
-    lr: float = option(None, "learning rate; None: 5e-4, small 2e-3", 1e-12, 1e30)
+    lr: float = option(None, "learning rate; None: 5e-4, small 2e-3, synthetic 5e-3", 1e-12, 1e30)
     amp: bool = option(None, "bfloat16 trunk; None: on cuda", action=argparse.BooleanOptionalAction)
     rounds: int = option(None, "rounds, the first random; None: 10, small 5", 1)
     device: str = option("auto", "cuda, mps, cpu, or auto: the first that is there")
@@ -685,7 +685,7 @@ def complete(config):
     given = {k: v for k, v in vars(config).items() if v is not None} | {"device": device}
     given = {"arch": "small" if device == "cpu" else "fcn_resnet50"} | dict(row.defaults) | given
     default = {"rounds": 10, "epochs": 50, "weights": "imagenet", "lr": 5e-4, "size": row.size}
-    if given["arch"] == "small":  # in place of PixelPick's protocol
+    if given["arch"] == "small":  # in place of PixelPick's budget
         default = {"rounds": 5, "epochs": 20, "weights": "none", "lr": 2e-3}
         default["size"] = [max(16, n // 3) for n in row.size]
     default |= {"workers": min(8, (os.cpu_count() or 1) // WORLD), "amp": device == "cuda"}
@@ -744,7 +744,7 @@ def read_metrics(folder):
 
 
 def prepare(config):
-    """The pool and the test frames: fetched, announced, and held if below 4 GB."""
+    """The pool and the test frames: fetched, announced, each held by each process if below 4 GB."""
     row, (H, W), asking = DATASETS[config.dataset], config.size, config.oracle == "human"
     if WORLD > 1 and not dist.is_initialized():  # the processes of torchrun, a GPU each
         if config.device == "cuda":
@@ -833,7 +833,7 @@ def write_down(config, pool, model, points, r, confusion_CC, learned, records):
     last |= {k: None if v.isnan() else v.item() for k, v in zip(names, scores)} | learned
     records[r:] = [last]  # later ones learned from other labels
     if RANK == 0:
-        saved = last | vars(config) | {"classes": pool.classes, "weights": model.state_dict()}
+        saved = vars(config) | last | {"classes": pool.classes, "weights": model.state_dict()}
         write(config.folder / "model.pt", partial(torch.save, saved))
         if matplotlib:
             draw_panel(config, pool, model, points, last)
@@ -856,9 +856,9 @@ def run(config, first=None):
         path = config.folder / f"round-{r:02d}/labels.csv"
         if points:
             if not path.exists():
-                if r and not model and config.acquisition != "random":  # after a stop
-                    model, _ = fit(config, pool, points, r - 1)
-                ask(config, pool, model, points, r, path)
+                lost = r and not model and config.acquisition != "random"  # in a stop
+                scorer = fit(config, pool, points, r - 1)[0] if lost else model
+                ask(config, pool, scorer, points, r, path)
             fresh, empty = read_labels(path, pool.names, pool.classes, config.size)
             if empty:
                 say(f"round {r}: {len(empty)} labels to fill in, from line {empty[0]} of {path}: a "
@@ -924,7 +924,7 @@ def draw_panel(config, pool, model, points, last):
             ax.imshow(np.asarray(pixels), interpolation="nearest")
             ax.set(title=title * (row == 0), xticks=[], yticks=[])
     for k in sorted(seen):
-        axes[0].plot([], [], "s", color=colours[k] / 255, label=names[k])
+        axes[0].plot([], [], "s", color=colours[k] / 255, label=f"{k} {names[k]}")
     figure.legend(loc="outside lower center", ncols=9)
     figure.suptitle(f"{config.folder.name}, round {r}: {last['pixels_per_image']:.0f} pixels "
                     f"an image, mIoU {np.float64(last['mIoU']):.3f}")  # fmt: skip
@@ -1025,8 +1025,8 @@ def main(argv=None):
         group = parser.add_argument_group(heads[f.name]) if f.name in heads else group  # noqa: F821
         group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
     given, first = vars(parser.parse_args(argv)), {}  # first: round 0's network, for all
-    names = given.pop("acquisition")
-    names = ["balent"] if given["supervised"] or names == "balent" else dict.fromkeys(names)
+    names, default = given.pop("acquisition"), Config.acquisition
+    names = [default] if given["supervised"] or names == default else dict.fromkeys(names)
     try:
         configs = [complete(Config(**given, acquisition=name)) for name in names]
         if all(len(run(c, first)) == c.rounds for c in configs) and RANK == 0 and matplotlib:
@@ -1036,9 +1036,9 @@ def main(argv=None):
         code, reason = 130, "stopped; the same command goes on from here"
     except (InputError, OSError, RuntimeError, csv.Error) as error:
         code, reason = 2, str(error).split("InputError: ")[-1]  # a worker's is in its traceback
-        if isinstance(error, RuntimeError) and "memory" not in reason:
+        if isinstance(error, RuntimeError) and " memory" not in reason:
             raise
-        reason += "; --batch-size, --size, --workers 0 need less" * ("memory" in reason)
+        reason += "; --batch-size, --size, --workers 0 need less" * (" memory" in reason)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

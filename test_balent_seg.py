@@ -518,8 +518,9 @@ def test_what_is_damaged_or_corrected_is_made_anew_or_gets_one_line(finished, tm
     out, labels = ("--out", config.out), config.folder / "round-00/labels.csv"
     assert re.search("pixels was 4, is 5; .*another --out", refused(capsys, "--pixels", 5, *out))
     content = (config.folder / "metrics.csv").read_bytes()
-    for damaged in (content[: len(content) // 2], b"\xff\0"):
+    for damaged in (content[: len(content) // 2], b"\xff\0", content):
         (config.folder / "metrics.csv").write_bytes(damaged)
+        [shutil.rmtree(config.folder / f"round-0{r}") for r in (1, 2) if damaged == content]
         assert len(bs.run(config)) == 3 and story(config.folder) == story(before)
     assert len(bs.run(dataclasses.replace(config, rounds=4))) == 4
     for path in (config.folder / "config.json", labels):
@@ -591,17 +592,16 @@ def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, m
 
 
 def test_a_network_of_ones_own_is_a_row_and_a_model_pt_is_a_start(tmp_path, monkeypatch, capsys):
-    def tiny(weights):
-        return torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Identity(), 8
-
-    monkeypatch.setitem(bs.ARCHS, "tiny", tiny)
+    trunk, neck = functools.partial(torch.nn.Conv2d, 3, 8, 4, 4), torch.nn.Identity()
+    monkeypatch.setitem(bs.ARCHS, "tiny", lambda weights: (trunk(), neck, 8))
     flags = ["--arch", "tiny", "--rounds", 1, "--out"]
     assert run_main(*flags, tmp_path / "a") == 0
     path, other = (tmp_path / x / NAME / "model.pt" for x in "ab")
     assert run_main(*flags, tmp_path / "b", "--epochs", 0, "--weights", path) == 0
     (a, saved), (b, _) = map(bs.load_model, (path, other))
     assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
-    assert saved["arch"] == "tiny" and len(saved["classes"]) == 8 and not a.training
+    assert (saved["arch"], saved["pixels"], len(saved["classes"])) == ("tiny", 160, 8)
+    assert not a.training and not b.training
     assert "model.pt, expected small for 8" in refused(capsys, "--weights", path, "--out", tmp_path)
     assert run_main(*flags, tmp_path / "a", "--rounds", 2) == 0 and not capsys.readouterr().err
     assert "weights was" in refused(capsys, *flags, tmp_path / "b", "--weights", path)
