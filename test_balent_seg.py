@@ -821,29 +821,29 @@ def benchmark() -> None:
     print(f"a training step: {step:.2f} and {large[3]:.2f} of one of a bare torchvision loop")
 
 
-def table(folders: list[Path]) -> int:
-    """Markdown: a row per way of choosing, mean ± sample s.d. over seeds; area by trapezoids."""
-    runs, bound = {}, {}
+def table(folders: list[Path]) -> int | None:
+    """Markdown: mean ± sample s.d. over seeds, area by trapezoids, BalEnt's lead (s.e.): by seed."""
+    runs = {}
     for folder in folders:
         miou, (name, _, seed) = bs.read_metrics(folder), folder.name.rpartition("-seed")
         if not miou or None in (miou := [x["mIoU"] for x in miou]):
             return print(f"{folder}: expected a run's folder, with mIoU", file=sys.stderr) or 2
-        runs.setdefault(name, {})[seed] = miou
-        bound |= {seed: miou[-1]} if name.endswith("-supervised") else {}
-    longest = max(len(miou) for seeds in runs.values() for miou in seeds.values())
-    rows = [["mIoU by round", *map(str, range(longest)), "area", "of supervised"]]
-    for name, seeds in runs.items():
-        curves = np.array([miou[: min(map(len, seeds.values()))] for miou in seeds.values()])
-        area, n = curves.mean(1), len(curves[0])
-        area = scipy.integrate.trapezoid(curves) / (n - 1) if n > 1 else area
-        cells = [f"{np.mean(x):.3f}" + (f" ± {np.std(x, ddof=1):.3f}" if len(x) > 1 else "")
-                 for x in (*curves.T, area)]  # fmt: skip
-        share = [x[-1] / bound[seed] for seed, x in zip(seeds, curves) if seed in bound]
+        area = scipy.integrate.trapezoid(miou) / (len(miou) - 1) if miou[1:] else miou[0]
+        runs.setdefault((name, len(miou)), {})[seed] = np.array([*miou, area])
+    longest = max(n for _, n in runs)
+    rows = [["mIoU by round", *map(str, range(longest)), "area", "balent's lead", "at last"]]
+    for (name, n), seeds in runs.items():
+        cells = [f"{x.mean():.3f}" + (f" ± {x.std(ddof=1):.3f}" if len(x) > 1 else "")
+                 for x in np.transpose([*seeds.values()])]  # fmt: skip
         cells[n:n] = ["-"] * (longest - n)
-        rows.append([name, *cells, f"{np.mean(share):.0%}" if share else "-"])
+        balent = runs.get((f"{name.partition('-')[0]}-balent", n), seeds)
+        leads = [balent[seed] - seeds[seed] for seed in seeds if seed in balent]
+        for x in np.transpose(leads)[[-1, -2]] if leads and balent is not seeds else ():
+            error = f" ({x.std(ddof=1) / len(x) ** 0.5:.3f})" if len(x) > 1 else ""
+            cells += [f"{np.mean(x):+.3f}{error}: " + " ".join(f"{v:+.3f}" for v in x)]
+        rows.append([name, *cells])
     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
         print("|", " | ".join(row), "|")
-    return 0
 
 
 if __name__ == "__main__":
