@@ -292,7 +292,7 @@ def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
 
 
 # ---- 4. Labels: which pixels of an image are labelled, and the CSV that records them
-DRAWS, NOISE, SHORTLIST, ORDER, VIEWS = range(5)  # the first key of a stream
+DRAWS, NOISE, SHORTLIST, ORDER, VIEWS, DROPOUT = range(6)  # the first key of a stream
 
 
 def stream(*keys: int):
@@ -325,7 +325,7 @@ def read_labels(path, names, classes, size):
     points, empty, text, (H, W) = {name: {} for name in names}, [], read_text(path), size
     tables = [{t: k for k in range(n) for t in (str(k), f"{k}.0")} for n in (H, W, len(classes))]
     tables[2] |= {name.casefold(): k for k, name in enumerate(classes)}
-    tables[2] |= {"": None, "void": IGNORE, str(IGNORE): IGNORE}
+    tables[2] |= {"": None, "void": IGNORE, "255": IGNORE, "255.0": IGNORE}
     expected = (f"expected an image that is there, y from 0 to {H - 1}, x from 0 to {W - 1}, no "
                 f"pixel twice; {', '.join(classes)}, 0 to {len(classes) - 1}, or void")  # fmt: skip
     delimiter = max(",;\t", key=text.partition("\n")[0].count)  # they choose by country
@@ -379,7 +379,7 @@ def point_loss(logits_BChw, xy_BN2, class_BN):
 def make_optimizer(model, lr, pretrained):
     """AdamW; a pretrained backbone learns at a tenth of `lr`, norms and biases do not decay."""
     rates = (model.backbone, lr / 10 if pretrained else lr), (model.neck, lr), (model.classify, lr)
-    groups = [{"params": [p for p in part.parameters() if (p.dim() > 1) == (decay > 0)], "lr": rate,
+    groups = [{"params": [p for p in part.parameters() if (p.dim() > 1) == bool(decay)], "lr": rate,
                "weight_decay": decay} for part, rate in rates for decay in (1e-2, 0.0)]  # fmt: skip
     return torch.optim.AdamW(groups)
 
@@ -398,7 +398,7 @@ def train(model, batches, points, steps, optimizer, generator, add_up=lambda cou
         view_B3HW, *points_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), *points_BN)
         add_up(counts := torch.stack([count, torch.ones_like(count)]))
-        loss = loss * counts[1] / counts[0].clamp(min=1)  # ranks: gradients are averaged
+        loss = loss * counts[1] / counts[0].clamp(min=1)  # counts[1]: ranks, DDP averages
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -577,7 +577,7 @@ def list_frames(row, root, split, seed, asking):
                 if name in files:
                     raise InputError(f"{files[name]}: {path} has the same name")
                 files[name] = root / folder / path
-            elif name:  # else one of Cityscapes' other kinds
+            elif name and (root / folder / path).is_file():  # not Cityscapes' other kinds
                 say(f"{root / folder / path} is skipped: not a picture that can be read")
     if asking and split == row.splits[0]:  # a person labels the pool
         masks = dict.fromkeys(found)
@@ -586,15 +586,14 @@ def list_frames(row, root, split, seed, asking):
     names = read_text(root / listed[0]).split() if listed else found
     for name in names or ["*"]:
         if name not in found or name not in masks:
-            raise InputError(f"{root / images.replace('*', name)} or its label is missing; "
-                             "--oracle human asks a person for labels")  # fmt: skip
+            raise InputError(f"{root / images.replace('*', name)} or its label is missing: add it")
     return {name: (found[name], masks[name]) for name in names}
 
 
 def open_dataset(name, root, size, seed=0, asking=False):
     """The pool and the test Frames in `root`; `asking`: the pool needs no labels."""
     row, classes = DATASETS[name], DATASETS[name].classes
-    if isinstance(classes, str):  # a file: of columns the last; a comma parts off synonyms
+    if isinstance(classes, str):  # a file: the last column; a comma parts off synonyms
         path, lines = root / classes, read_text(root / classes).splitlines()
         names = [line.strip().split("\t")[-1].split(",")[0].strip() for line in lines]
         classes = [x for x in names if x not in ("", "__ignore__")][-len(row.raw) :]
@@ -767,7 +766,7 @@ def prepare(config):
     seen = {k for _, _, label_HW in pool.held for k in label_HW.unique().tolist()}
     for k in {*range(len(pool.classes))} - seen if seen and not asking else ():
         say(f"no training label is of class {pool.classes[k]}", sys.stderr)
-    MCDropoutFCN(len(pool.classes), config.arch, 0.0, config.weights)  # its errors come now
+    MCDropoutFCN(len(pool.classes), config.arch, 0.0, config.weights)  # errors come now
     open_folder(config, pool, test)
     return pool, test
 
@@ -794,7 +793,7 @@ def fit(config, pool, points, r):
     if device != "mps":  # there BatchNorm was wrong in it until mid-2026: pytorch#175189
         model.to(memory_format=torch.channels_last)
     views, shuffle = stream(VIEWS, config.seed, r, RANK), stream(ORDER, config.seed, r)
-    torch.manual_seed(views.initial_seed())  # for dropout
+    torch.manual_seed(stream(DROPOUT, config.seed, r, RANK).initial_seed())
     steps = math.ceil(len(pool) / size) * config.epochs  # of full batches, for BatchNorm
     order = RandomSampler(pool, num_samples=steps * size, generator=shuffle) if steps else ()
     found = batches(config, pool, f"round {r}: train", order, size // WORLD)
@@ -816,7 +815,7 @@ def ask(config, pool, model, points, r, path):
         rows += [(pool.names[i], y, x, "" if human else c) for y, x, c in picks_N3.tolist()]
         if human:
             draw_question(pool, i, picks_N3[:, :2], path.parent / "pictures")
-    rows = sorted((row for part in gather(rows) for row in part), key=lambda row: row[0])
+    rows = sorted(sum(gather(rows), []), key=lambda row: row[0])
     if RANK == 0:
         write(path, [("image", "y", "x", "label"), *rows])
     gather(None)
@@ -907,7 +906,7 @@ def draw_panel(config, pool, model, points, last):
         i, image_3HW, label_HW = pool[row * (len(pool) - 1) // 2]
         x_3HW, good_HW = image_3HW.to(config.device), label_HW != IGNORE
         pred_HW = predict(model, x_3HW[None])[0].cpu().where(good_HW, IGNORE)
-        seen |= {*torch.cat([pred_HW, label_HW]).unique().tolist()}
+        seen |= {*torch.cat([pred_HW] + [label_HW] * known).unique().tolist()}
         truth = {"truth": colours[label_HW]} if known else {}
         shown = {"image": image_3HW.movedim(0, 2)} | truth
         shown[f"prediction after round {r}"] = colours[pred_HW]
@@ -934,9 +933,9 @@ def draw_panel(config, pool, model, points, last):
 def draw_masks(config, pool, model, folder):
     """The predicted classes of every image of the pool, upright, in its size: indexed PNGs."""
     for i, image_3HW, label_HW in pool:
-        pred_HW = predict(model, image_3HW[None].to(config.device))[0].byte().cpu()
+        pred_HW = predict(model, image_3HW[None].to(config.device))[0].cpu()
         (h, w), photo = ((label_HW != IGNORE).nonzero().amax(0) + 1).tolist(), pool.pictures(i)[0]
-        mask = Image.fromarray(pred_HW[:h, :w].numpy()).resize(photo.size, Image.NEAREST)
+        mask = Image.fromarray(np.uint8(pred_HW[:h, :w])).resize(photo.size, Image.NEAREST)
         mask.putpalette(palette(config.dataset).tobytes())
         write(folder / f"{pool.names[i]}.png", mask.save)
 
@@ -954,9 +953,10 @@ def draw_question(pool, i, yx_N2, folder):
     whole.plot([x_N, tick_N], [y_N, 0 * y_N + h], "s-", color="yellow", mfc="none", markevery=2)
     for k, (y, x) in enumerate(yx_N2.tolist(), 1):
         ax = right.add_subplot(n, n, k, title=f"{k}: y {y}, x {x}", facecolor="grey")
-        ax.set(xlim=(x - 25, x + 26), ylim=(y + 26, y - 25), xticks=[], yticks=[])
-        box = np.clip((x - 25, y - 25, x + 26, y + 26), 0, (w, h, w, h))
-        close = stretch(image.crop(tuple(box * image.width / w)), 1)  # for dusk
+        edges = x - 25, y - 25, x + 26, y + 26
+        ax.set(xlim=edges[::2], ylim=edges[::-2], xticks=[], yticks=[])
+        box = np.clip(edges, 0, (w, h, w, h))
+        close = stretch(image.crop(tuple(box * np.tile(image.size, 2) / (w, h, w, h))), 1)
         ax.imshow(close, extent=box[[0, 2, 3, 1]])
         ax.plot(x + 0.5, y + 0.5, "s", color="yellow", mfc="none")
     names = ", ".join(f"{k} {name}" for k, name in enumerate(pool.classes))
@@ -978,15 +978,15 @@ def draw_curves(config):
             if read_config(folder, free) == read_config(config.folder, free):
                 lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
         if lines and None not in lines[0]:
-            curves.setdefault("-".join(folder.name.split("-")[1:-1]), []).append(lines)
+            curves.setdefault((folder.name.rpartition("-")[0], lines[0][0]), []).append(lines)
         else:
             say(f"{folder} is left out of the curves: other settings, or nothing measured")
-    for name, seeds in curves.items():
+    for (name, _), seeds in curves.items():
         runs, several = np.array([*zip(*seeds)]), len(seeds) > 1  # as far as all have come
         (x, y), spread = runs.mean(1).T, runs[..., 1].std(1, ddof=several)
-        label = f"{name}, {len(seeds)} seed{'s' * several}"
+        label = f"{name.partition('-')[2]}, {len(seeds)} seed{'s' * several}"
         say(f"mIoU, {label}: " + ", ".join(f"{v:.4f} at {n:.0f}" for n, v in zip(x, y)))
-        if name == "supervised":
+        if name.endswith("supervised"):
             axes.axhline(y[0], linestyle="--", label=label, color="black")
         else:
             axes.errorbar(x, y, spread, marker="o", label=label, capsize=2)
@@ -1034,8 +1034,8 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, reason = 130, "stopped; the same command goes on from here"
-    except (InputError, OSError, RuntimeError, csv.Error) as error:
-        code, reason = 2, str(error).split("InputError: ")[-1]  # a worker's is in its traceback
+    except (InputError, OSError, RuntimeError, csv.Error, MemoryError) as error:
+        code, reason = 2, (str(error) or "out of memory").split("InputError: ")[-1]  # or a worker's
         if isinstance(error, RuntimeError) and " memory" not in reason:
             raise
         reason += "; --batch-size, --size, --workers 0 need less" * (" memory" in reason)

@@ -211,7 +211,7 @@ def test_fcn_resnet50_is_torchvisions():
 
 # ---- 4. Labels -----------------------------------------------------------------------------------
 ROWS = [["image", "y", "x", "label"], ["a", "3", "4", "sky"], ["c/d", "0", "5.0", "ROAD"],
-        ["a", "1", "2", "void"], ["c/d", "8", "8", "1.0"], ["a", "0", "0", ""]]  # fmt: skip
+        ["a", "1", "2", "255.0"], ["c/d", "8", "8", "1.0"], ["a", "0", "0", ""]]  # fmt: skip
 WRONG_ROWS = {"a,1,2,tree": "road, sky, 0 to 1, or", "z,1,2,sky": "an image that is there",
               "a,1,sky": "x from 0 to 8", "a,1,b,sky": "x from 0 to 8", "a,9,1,sky": "y from 0",
               "a,-1,1,sky": "y from 0", "a,1,1.5,sky": "x from 0", "a,2,2,2": "sky, 0 to 1",
@@ -553,9 +553,9 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_file(error, tmp_path, caps
 
 
 def test_functions_share_a_round_0_that_is_trained_once(finished, tmp_path, monkeypatch, capsys):
-    calls, names = [], ("margin", "balent", "power_bald")
+    calls, names, out = [], ("margin", "balent", "power_bald"), ("--out", tmp_path)
     monkeypatch.setattr(bs, "train", lambda *x, train=bs.train: calls.append(x) or train(*x))
-    assert run_main("--rounds", 2, "--out", tmp_path, "--acquisition", *names, "margin") == 0
+    assert run_main("--rounds", 2, *out, "--acquisition", *names, "margin") == 0
     first, second = zip(*(story(tmp_path / f"synthetic-{name}-seed0") for name in names))
     assert len(calls) == 1 + len(names) and len({labels for labels, _ in second}) == 3
     assert [[x, second[1]] for x in first] == [story(finished[0].folder, 2)] * 3
@@ -564,9 +564,9 @@ def test_functions_share_a_round_0_that_is_trained_once(finished, tmp_path, monk
     for k, text in enumerate(("round;mIoU\n0;1\n", "round,mIoU\n0,0.5\n", "")):  # odd neighbours
         odd = shutil.copytree(tmp_path / NAME, tmp_path / f"synthetic-x-seed{k}")
         (odd / "metrics.csv").write_text(text)
-    assert run_main("--supervised", "--out", tmp_path) == 0 and [*tmp_path.glob("*.png")]
+    assert run_main("--pixels", 5, "--seed", 1, *out) == run_main("--supervised", *out) == 0
     assert bs.read_metrics(tmp_path / "synthetic-supervised-seed0")[0]["pixels_per_image"] > 1000
-    assert len(re.findall(r"x-seed\d is left out", capsys.readouterr().out)) == 3
+    assert len(re.findall(r"x-seed\d is left|mIoU, balent, 1 ", capsys.readouterr().out)) == 6 + 5
 
 
 def test_camvid_and_a_folder_streamed_from_workers_run_alike(tmp_path, capsys, monkeypatch):
