@@ -815,7 +815,7 @@ def ask(config, pool, model, points, r, path):
         rows += [(pool.names[i], y, x, "" if human else c) for y, x, c in picks_N3.tolist()]
         if human:
             draw_question(pool, i, picks_N3[:, :2], path.parent / "pictures")
-    rows = sorted(sum(gather(rows), []), key=lambda row: row[0])
+    rows = sorted((row for part in gather(rows) for row in part), key=lambda row: row[0])
     if RANK == 0:
         write(path, [("image", "y", "x", "label"), *rows])
     gather(None)
@@ -1034,8 +1034,8 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, reason = 130, "stopped; the same command goes on from here"
-    except (InputError, OSError, RuntimeError, csv.Error, MemoryError) as error:
-        code, reason = 2, (str(error) or "out of memory").split("InputError: ")[-1]  # or a worker's
+    except (InputError, OSError, RuntimeError, csv.Error) as error:
+        code, reason = 2, str(error).split("InputError: ")[-1]  # a worker's is in its traceback
         if isinstance(error, RuntimeError) and " memory" not in reason:
             raise
         reason += "; --batch-size, --size, --workers 0 need less" * (" memory" in reason)
