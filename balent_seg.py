@@ -262,16 +262,16 @@ class MCDropoutFCN(nn.Module):
         # CHOICE 5: a draw drops channels everywhere: one classifier for the whole image.
         draws = torch.Generator().manual_seed(seed)
         keep_TD = (torch.rand(samples, D, generator=draws) >= p).to(feature_BDN) / (1 - p)
-        eye_hh, eye_ww = (torch.eye(n).to(feature_BDN)[None, None] for n in (h, w))
         # upsampling as two matrix products
-        up_Hh, up_wW = _upsample(eye_hh, size=(H, h))[0, 0], _upsample(eye_ww, size=(w, W))[0, 0]
+        up_hH, up_wW = (F.interpolate(torch.eye(n).to(feature_BDN)[None], N, mode="linear")[0]
+                        for n, N in ((h, H), (w, W)))  # fmt: skip
         mean_BCHW, square_BCHW = feature_BDN.new_zeros(2, B, C, H, W)
         cond_BHW = feature_BDN.new_zeros(B, H, W)
         rows = 16 if x_B3HW.device.type == "cpu" else H  # what a CPU's cache holds
         for t, keep_D in enumerate(keep_TD, 1):
             logits_BCN = (weight_CD * keep_D) @ feature_BDN + bias_C1
             logits_BChW = logits_BCN.unflatten(2, (h, w)) @ up_wW
-            maps = up_Hh, mean_BCHW, square_BCHW, cond_BHW
+            maps = up_hH.T, mean_BCHW, square_BCHW, cond_BHW
             for up, mean, square, cond in zip(*(x.split(rows, -2) for x in maps)):
                 log_prob = (up @ logits_BChW).log_softmax(1)  # CHOICE 6
                 prob = log_prob.exp()
