@@ -80,11 +80,11 @@ def blame(what):
     try:
         yield
     except Exception as error:  # torch, PIL, csv, json and zipfile raise of many kinds
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {str(error) or repr(error)}") from error
 
 
 # ---- 1. Balanced entropy: the paper's score, in closed form; needs only math and torch
-def _stirling(x: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stirling(x, j):
     """scale and rest of lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) scale) - x + rest.
 
     With y = x + 3 and i = 0, 1, 2, by the recurrences and Stirling's series
@@ -136,11 +136,11 @@ def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> tor
     if mean.shape != var.shape:
         raise ValueError(f"mean {mean.shape}, var {var.shape}: expected equal shapes")
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    mean, var = mean.to(dtype).movedim(dim, 0), var.to(dtype).movedim(dim, 0)
+    mean, var = (x.to(dtype).movedim(dim, 0) for x in (mean, var))
     # CHOICE 4: eps, the spacing of floats above 1, is the resolution of a probability and of its
     # deviation: in h a one-hot mean, or draws that agree, is as sure as floats can tell.
     eps, balent = torch.finfo(dtype).eps, []
-    block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))  # in caches
+    block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))  # fits caches
     flat = (x.reshape(len(x), -1).split(block, 1) for x in (mean, var))
     for p, v in zip(*flat):
         m = p.clamp(eps, 1 - eps)
@@ -165,18 +165,18 @@ class Moments(NamedTuple):  # of the class probabilities, over T draws of the we
     cond_entropy_BHW: Tensor  # E[H(P)], in nats
 
 
-def _uniform(moments: Moments, generator=None) -> Tensor:
+def _uniform(moments, generator=None):
     """Uniform on [0, 1), drawn on the CPU so that every device picks the same pixels."""
     like_BHW = moments.cond_entropy_BHW
     return torch.rand(like_BHW.shape, generator=generator).to(like_BHW.device)
 
 
-def _bald(moments: Moments, generator=None) -> Tensor:
+def _bald(moments, generator=None):
     """H(m) - E[H(P)]: mutual information of label and weights, nats (Houlsby et al. 2011)."""
     return (torch.special.entr(moments.mean_BCHW).sum(1) - moments.cond_entropy_BHW).clamp(min=0)
 
 
-def _power_bald(moments: Moments, generator=None) -> Tensor:
+def _power_bald(moments, generator=None):
     """ln BALD + Gumbel(0, 1) noise: picks in proportion to BALD (Kirsch et al. 2023)."""
     tiny = torch.finfo(torch.float32).tiny
     gumbel_BHW = -(-_uniform(moments, generator).clamp(min=tiny).log()).log()
@@ -219,7 +219,6 @@ def _torchvision(weights, arch):
 # normalised as ImageNet's. For a network of your own add a row, and call main().
 ARCHS = {"small": _small}
 ARCHS |= {a: partial(_torchvision, arch=a) for a in ("fcn_resnet50", "fcn_resnet101")}
-_upsample = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 class MCDropoutFCN(nn.Module):
@@ -232,7 +231,7 @@ class MCDropoutFCN(nn.Module):
         self.dropout, self.classify = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
         imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
-        self.mixed = False  # run the trunk in bfloat16
+        self.mixed = False  # True: the trunk in bfloat16
         if saved:
             with blame(f"{weights}, expected {arch} for {num_classes} classes"):
                 self.load_state_dict(saved)
@@ -247,7 +246,8 @@ class MCDropoutFCN(nn.Module):
     def forward(self, x_B3HW, upsample=True):
         """logits_BCHW, or logits_BChw; dropout acts in train mode only."""
         logits_BChw = self.classify(self.dropout(self.features(x_B3HW)))
-        return _upsample(logits_BChw, size=x_B3HW.shape[-2:]) if upsample else logits_BChw
+        size = x_B3HW.shape[-2:]
+        return F.interpolate(logits_BChw, size, mode="bilinear") if upsample else logits_BChw
 
     @torch.no_grad()
     def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:
@@ -268,12 +268,12 @@ class MCDropoutFCN(nn.Module):
         mean_BCHW, square_BCHW = feature_BDN.new_zeros(2, B, C, H, W)
         cond_BHW = feature_BDN.new_zeros(B, H, W)
         rows = 16 if x_B3HW.device.type == "cpu" else H  # what a CPU's cache holds
+        maps = up_hH.T, mean_BCHW, square_BCHW, cond_BHW
         for t, keep_D in enumerate(keep_TD, 1):
             logits_BCN = (weight_CD * keep_D) @ feature_BDN + bias_C1
             logits_BChW = logits_BCN.unflatten(2, (h, w)) @ up_wW
-            maps = up_hH.T, mean_BCHW, square_BCHW, cond_BHW
             for up, mean, square, cond in zip(*(x.split(rows, -2) for x in maps)):
-                log_prob = (up @ logits_BChW).log_softmax(1)  # CHOICE 6
+                log_prob = (up @ logits_BChW).log_softmax(1)  # CHOICE 6: at full size
                 prob = log_prob.exp()
                 cond -= log_prob.mul_(prob).sum(1)
                 delta = prob - mean  # CHOICE 3: Welford's update, in place for speed
@@ -295,7 +295,7 @@ def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
 DRAWS, NOISE, SHORTLIST, ORDER, VIEWS, DROPOUT = range(6)  # the first key of a stream
 
 
-def stream(*keys: int):
+def stream(*keys):
     """A random stream of its own for every tuple of keys: its purpose, seed, round ..."""
     seed = np.random.SeedSequence([len(keys), *keys])  # numpy pads keys with zeros
     return torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
@@ -340,7 +340,7 @@ def read_labels(path, names, classes, size):
             points[image][y, x] = k
         empty += [rows.line_num] * (k is None)
     given = (sorted((*at, k) for at, k in p.items() if k is not None) for p in points.values())
-    return [torch.tensor(rows).long().reshape(-1, 3) for rows in given], empty
+    return [torch.tensor(p).long().reshape(-1, 3) for p in given], empty
 
 
 # ---- 5. Training: one affine map per image, cross-entropy at the labelled points
@@ -368,7 +368,7 @@ def augment(image_B3HW, points_BN3, theta_B23):
 
 def point_loss(logits_BChw, xy_BN2, class_BN):
     """Sum of the cross-entropies at the points, in nats, and how many are not IGNORE."""
-    # Clamped to the outermost centres, `grid_sample` at a pixel's centre equals `_upsample`.
+    # Clamped to the outermost centres, `grid_sample` at a pixel's centre equals upsampling.
     reach = 1 - 1 / xy_BN2.new_tensor(logits_BChw.shape[:1:-1])
     grid_B1N2 = xy_BN2.clamp(-reach, reach)[:, None]
     logits_BCN = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)[:, :, 0]
@@ -385,15 +385,13 @@ def make_optimizer(model, lr, pretrained):
 
 
 def train(model, batches, points, steps, optimizer, generator, add_up=lambda counts: None):
-    """`steps` steps over (index_B, image_B3HW uint8, label_BHW); loss of the last tenth, nats.
-
-    `points` of each image, None: every pixel. `add_up` sums over the ranks, in place.
-    """
+    """`steps` steps over (index_B, image_B3HW uint8, label_BHW); loss of the last tenth, nats."""
+    # `points` of each image, None: every pixel; `add_up` sums over the ranks, in place
     model.train()
     schedule, losses = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9), []
     for index_B, image_B3HW, label_BHW in batches:
         given = [points[i] for i in index_B] if points else map(points_at, label_BHW)
-        points_BN3 = nn.utils.rnn.pad_sequence([*given], True, IGNORE).to(image_B3HW.device)
+        points_BN3 = nn.utils.rnn.pad_sequence(given, True, IGNORE).to(image_B3HW.device)
         theta_B23 = random_affine(len(image_B3HW), generator)
         view_B3HW, *points_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), *points_BN)
@@ -408,9 +406,9 @@ def train(model, batches, points, steps, optimizer, generator, add_up=lambda cou
 
 
 # ---- 6. Evaluation: confusion matrix and intersection over union
-def confusion_matrix(pred_BHW, truth_BHW, num_classes):
+def confusion_matrix(pred_BHW, truth_BHW, C):
     """Counts (C, C): row true class, column predicted class; void pixels do not count."""
-    seen, C = truth_BHW != IGNORE, num_classes
+    seen = truth_BHW != IGNORE
     pair = truth_BHW[seen].long() * C + pred_BHW[seen]
     return torch.bincount(pair, minlength=C**2).reshape(C, C)
 
@@ -441,8 +439,8 @@ def choose(config, model, points, r, i, image_3HW, label_HW):
         draws, x_13HW = stream(DRAWS, *keys).initial_seed(), image_3HW[None].float() / 255
         moments = model.mc_moments(x_13HW, config.mc_samples, draws)  # CHOICE 7
         score_HW = ACQUISITIONS[config.acquisition](moments, stream(NOISE, *keys))[0].cpu()
-    how = config.pixels, top, stream(SHORTLIST, *keys)
-    return score_HW, pick_pixels(score_HW, label_HW.cpu(), points[i], *how)
+    lots = stream(SHORTLIST, *keys)
+    return score_HW, pick_pixels(score_HW, label_HW.cpu(), points[i], config.pixels, top, lots)
 
 
 def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
@@ -602,7 +600,8 @@ def open_dataset(name, root, size, seed=0, asking=False):
             raise InputError(f"{path}: {', '.join(classes):.200}: expected 2 to 254 different "
                              "names, one a line, no void, no number")  # fmt: skip
     ids = row.raw[: len(classes)]
-    lookup = np.repeat((IGNORE, -1, IGNORE), (ids[-1] + 2, 253 - ids[-1], 1))
+    lookup = np.full(256, -1)
+    lookup[: ids[-1] + 2] = lookup[255] = IGNORE
     lookup[ids] = range(len(ids))
     found = [list_frames(row, root, split, seed, asking) for split in row.splits]
     return [Frames(classes, [*x], [*x.values()], lookup, size) for x in found]
@@ -620,7 +619,7 @@ def synthetic_scene(size, *keys):
             shape((x, foot - s * h, x + s * w, foot), k)
     looks = np.reshape([*bytes.fromhex("96b4d2966e5a6964645a7d4650733e5f5c58aa504678555f")], (8, 3))
     image_HW3 = rng.normal(looks, 10)[np.array(label)] + rng.normal(0, 18, (H, W, 1))
-    draw.rectangle((x, y, x + W / 7, y + H / 7), IGNORE)  # a patch that nobody labelled
+    draw.rectangle((x, y, x + W / 7, y + H / 7), IGNORE)  # unlabelled
     return Image.fromarray(np.uint8(image_HW3.clip(0, 255))), label
 
 
@@ -642,7 +641,7 @@ def option(default, help, least=None, below=2**31, **how):
 class Config:  # the settings of one run; None is for `complete` to replace
     dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
     root: str = option("data", "where CamVid/ and such are, or the folder dataset itself")
-    size: tuple = option(None, "height width; None: the dataset's, small a third", 16, nargs=2)
+    size: tuple = option(None, "height width; None: the dataset's (real, small: 1/3)", 16, nargs=2)
     workers: int = option(None, "processes that decode images; None: by cores", 0)
     acquisition: str = option("balent", "several run in turn", choices=ACQUISITIONS, nargs="+")
     pixels: int = option(10, "labels per image and round", 1)
@@ -651,7 +650,7 @@ class Config:  # the settings of one run; None is for `complete` to replace
     oracle: str = option("truth", "who labels", choices=("truth", "human"))
     supervised: bool = option(False, "label every pixel, train once", action="store_true")
     epochs: int = option(None, "epochs a round, or 0; None: 50, small 20, synthetic 40", 0)
-    arch: str = option(None, "network; None: fcn_resnet50, CPU small", choices=ARCHS)
+    arch: str = option(None, "network; None: fcn_resnet50, CPU or synthetic small", choices=ARCHS)
     weights: str = option(None, "imagenet, none, model.pt; None: imagenet, small none")
     dropout: float = option(0.2, "dropout rate before the last layer", 0, 1.0)
     batch_size: int = option(8, "images a step, in all processes", 1)
@@ -697,10 +696,11 @@ def write(path, save):
     with blame(f"{path} cannot be written"), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         stack.callback(part.unlink, missing_ok=True)
-        if not callable(save):  # with a BOM, by which spreadsheets know UTF-8
-            csv.writer(text := io.StringIO(newline="")).writerows(save)
-            save = partial(Path.write_bytes, data=text.getvalue().encode("utf-8-sig"))
-        save(part)
+        if callable(save):
+            save(part)
+        else:  # with a BOM, by which spreadsheets know UTF-8
+            with part.open("w", encoding="utf-8-sig", newline="") as file:
+                csv.writer(file).writerows(save)
         os.replace(part, path)
 
 
@@ -776,10 +776,10 @@ def batches(config, frames, what, order=None, size=1):
     aside = torch.Generator()  # or the loader would draw from the stream that dropout uses
     order = (range(len(frames)) if order is None else [*order])[RANK::WORLD]  # exact: no padding
     workers, wait = 0 if frames.held else config.workers, 0.1 if sys.stderr.isatty() else 60.0
-    found = DataLoader(frames, size, sampler=order, num_workers=workers, generator=aside)
+    loader = DataLoader(frames, size, sampler=order, num_workers=workers, generator=aside)
     how = {"desc": what, "leave": False, "disable": RANK > 0, "delay": wait, "mininterval": wait}
-    with tqdm(total=len(found), **how) as bar:
-        for batch in found:
+    with tqdm(total=len(loader), **how) as bar:
+        for batch in loader:
             yield [x.to(config.device) for x in batch]
             bar.update(1)
 
@@ -789,21 +789,21 @@ def fit(config, pool, points, r):
     clock, device, size = time.time(), config.device, config.batch_size
     torch.manual_seed(config.seed)  # CHOICE 8: the same weights in every round
     model = MCDropoutFCN(len(pool.classes), config.arch, config.dropout, config.weights)
-    model, model.mixed = model.to(device), config.amp
-    if device != "mps":  # there BatchNorm was wrong in it until mid-2026: pytorch#175189
+    model.to(device).mixed = config.amp
+    if device != "mps":  # whose BatchNorm was wrong in it until mid-2026: pytorch#175189
         model.to(memory_format=torch.channels_last)
     views, shuffle = stream(VIEWS, config.seed, r, RANK), stream(ORDER, config.seed, r)
     torch.manual_seed(stream(DROPOUT, config.seed, r, RANK).initial_seed())
     steps = math.ceil(len(pool) / size) * config.epochs  # of full batches, for BatchNorm
     order = RandomSampler(pool, num_samples=steps * size, generator=shuffle) if steps else ()
-    found = batches(config, pool, f"round {r}: train", order, size // WORLD)
+    data = batches(config, pool, f"round {r}: train", order, size // WORLD)
     optimizer = make_optimizer(model, config.lr, config.weights != "none")
     if WORLD > 1 and device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     add_up = dist.all_reduce if WORLD > 1 else lambda counts: None
-    loss = sum(gather(train(parallel, found, points, steps, optimizer, views, add_up))) / WORLD
-    predict(parallel, pool[0][1][None].to(device))  # or it diverged; syncs BatchNorm's statistics
+    loss = sum(gather(train(parallel, data, points, steps, optimizer, views, add_up))) / WORLD
+    predict(parallel, pool[0][1][None].to(device))  # raises if it diverged; DDP syncs BatchNorm
     return model, {"loss": loss, "seconds": time.time() - clock}
 
 
@@ -864,8 +864,9 @@ def run(config, first=None):
                     "class or void for each pixel of pictures/; then run this again")  # fmt: skip
                 return records[:r]
             points = [torch.cat(pair) for pair in zip(points, fresh)]
-            if any(len(p) > len(p[:, :2].unique(dim=0)) for p in points):
-                raise InputError(f"{path}: a pixel of an earlier round again: take one of them out")
+            for name, p in zip(pool.names, points):
+                if len(p) > len(p[:, :2].unique(dim=0)):
+                    raise InputError(f"{path}: {name} has a pixel of an earlier round: take it out")
             if (torch.cat(points)[:, 2] == IGNORE).all():
                 raise InputError(f"{path}: no pixel has a class: add a row for one that has")
         key = digest(pool.names, points)
@@ -956,7 +957,7 @@ def draw_question(pool, i, yx_N2, folder):
         edges = x - 25, y - 25, x + 26, y + 26
         ax.set(xlim=edges[::2], ylim=edges[::-2], xticks=[], yticks=[])
         box = np.clip(edges, 0, (w, h, w, h))
-        close = stretch(image.crop(tuple(box * np.tile(image.size, 2) / (w, h, w, h))), 1)
+        close = stretch(image.crop(tuple(box * (image.size * 2) / (w, h, w, h))), 1)
         ax.imshow(close, extent=box[[0, 2, 3, 1]])
         ax.plot(x + 0.5, y + 0.5, "s", color="yellow", mfc="none")
     names = ", ".join(f"{k} {name}" for k, name in enumerate(pool.classes))
@@ -971,9 +972,7 @@ def draw_curves(config):
     axes = figure.add_subplot(xlabel="labels per image", ylabel=f"mIoU, {config.dataset}")
     axes.locator_params("x", integer=True)
     for folder in sorted(path.parent.glob(f"{config.dataset}-*")):
-        free, lines = FREE | {"acquisition", "supervised", "top", "seed"}, ()
-        if "supervised" in folder.name + config.folder.name:
-            free |= {"pixels", "mc_samples"}
+        free, lines = FREE | {"acquisition", "supervised", "pixels", "top", "seed"}, ()
         with suppress(InputError, KeyError):  # what is damaged does not compare
             if read_config(folder, free) == read_config(config.folder, free):
                 lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
@@ -1022,7 +1021,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser("balent_seg.py", description=__doc__.split("\n\n")[1], **how)
     heads = {"dataset": "data", "acquisition": "picking", "epochs": "training", "rounds": "run"}
     for f in fields(Config):
-        group = parser.add_argument_group(heads[f.name]) if f.name in heads else group  # noqa: F821
+        if f.name in heads:
+            group = parser.add_argument_group(heads[f.name])
         group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
     given, first = vars(parser.parse_args(argv)), {}  # first: round 0's network, for all
     names, default = given.pop("acquisition"), Config.acquisition

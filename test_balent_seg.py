@@ -531,7 +531,7 @@ def test_what_is_damaged_or_corrected_is_made_anew_or_gets_one_line(finished, tm
         path.write_bytes(kept)
     text = (file := config.folder / "round-01/labels.csv").read_text()
     file.write_text(text + kept.decode("utf-8-sig").split()[1])
-    assert "round-01/labels.csv: a pixel of an earlier round" in refused(capsys, *out)
+    assert "labels.csv: train-0000 has a pixel of an earlier round" in refused(capsys, *out)
     file.write_text(re.sub(r",\d\b(?=\n)", ",2", text))
     assert len(bs.run(config)) == 3  # a label that is corrected: its round, and the following
     pairs = [*zip(story(config.folder), story(before))]
