@@ -1034,8 +1034,8 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, reason = 130, "stopped; the same command goes on from here"
-    except (InputError, OSError, RuntimeError, csv.Error) as error:
-        code, reason = 2, str(error).split("InputError: ")[-1]  # a worker's is in its traceback
+    except (InputError, OSError, RuntimeError, csv.Error, MemoryError) as error:
+        code, reason = 2, (str(error) or "out of memory").split("InputError: ")[-1]  # or a worker's
         if isinstance(error, RuntimeError) and " memory" not in reason:
             raise
         reason += "; --batch-size, --size, --workers 0 need less" * (" memory" in reason)
