@@ -721,14 +721,14 @@ def open_folder(config, pool, test):
     for split, frames in (("train", pool), ("test", test)):
         for name, pair in zip(frames.names, frames.paths):  # their sizes tell data apart
             new[f"{split}/{name}"] = [p.stat().st_size for p in pair if isinstance(p, Path)]
-    was, text = read_config(config.folder, ()), json.dumps(new, indent=1)
-    new = json.loads(text)
+    was, new = read_config(config.folder, ()), json.loads(json.dumps(new))
     differ = [k for k in was | new if was and k not in FREE and was.get(k) != new.get(k)]
     if config.oracle == "human":  # a person may add images and classes, and take back a class
         differ = [k for k in differ if k in was and (k in new or k[:6] != "class ")]
     if differ:
         what = "; ".join(f"{k} was {was.get(k)}, is {new.get(k)}" for k in differ[:3])
         raise InputError(f"{config.folder}: {what}; {len(differ)} in all: undo, or another --out")
+    text = json.dumps(was | new, indent=1)  # a class taken back keeps its number
     if was != new and RANK == 0:
         write(config.folder / "config.json", lambda path: path.write_text(text))
 
@@ -950,7 +950,7 @@ def draw_question(pool, i, yx_N2, folder):
     figure = matplotlib.figure.Figure((16, 9), layout="constrained")
     left, right = figure.subfigures(1, 2)
     whole = left.add_subplot(xticks=tick_N, xticklabels=range(1, N + 1), yticks=[])
-    whole.imshow(stretch(image, 0.1), extent=(0, w, h, 0))
+    whole.imshow(stretch(image.reduce(1 + image.width // 1500), 0.1), extent=(0, w, h, 0))
     whole.plot([x_N, tick_N], [y_N, 0 * y_N + h], "s-", color="yellow", mfc="none", markevery=2)
     for k, (y, x) in enumerate(yx_N2.tolist(), 1):
         ax = right.add_subplot(n, n, k, title=f"{k}: y {y}, x {x}", facecolor="grey")
@@ -976,7 +976,7 @@ def draw_curves(config):
         with suppress(InputError, KeyError):  # what is damaged does not compare
             if read_config(folder, free) == read_config(config.folder, free):
                 lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
-        if lines and None not in lines[0]:
+        if lines := [x for x in lines if None not in x]:
             curves.setdefault((folder.name.rpartition("-")[0], lines[0][0]), []).append(lines)
         else:
             say(f"{folder} is left out of the curves: other settings, or nothing measured")
