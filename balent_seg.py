@@ -329,9 +329,9 @@ def read_labels(path, names, classes, size):
     expected = (f"expected an image that is there, y from 0 to {H - 1}, x from 0 to {W - 1}, no "
                 f"pixel twice; {', '.join(classes)}, 0 to {len(classes) - 1}, or void")  # fmt: skip
     delimiter = max(",;\t", key=text.partition("\n")[0].count)  # they choose by country
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if next(rows, [])[:3] != ["image", "y", "x"]:
-        raise InputError(f"{path}:1: expected the header image,y,x,label")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    if text.count('"') % 2 or next(rows, [])[:3] != ["image", "y", "x"]:
+        raise InputError(f"{path}:1: expected the header image,y,x,label, and every quote closed")
     for image, *cells in filter(any, rows):
         with blame(f"{path}:{rows.line_num}: {','.join([image, *cells]):.80}: {expected}"):
             y, x, k = (t[c.strip().casefold()] for t, c in zip(tables, cells + [""] * 3))
@@ -384,10 +384,9 @@ def make_optimizer(model, lr, pretrained):
     return torch.optim.AdamW(groups)
 
 
-def train(model, batches, points, steps, optimizer, generator, add_up=lambda counts: None):
+def train(model, batches, points, steps, optimizer, generator):
     """`steps` steps over (index_B, image_B3HW uint8, label_BHW); loss of the last tenth, nats."""
-    # `points` of each image, None: every pixel; `add_up` sums over the ranks, in place
-    model.train()
+    model.train()  # on the `points` of each image, None: every pixel
     schedule, losses = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9), []
     for index_B, image_B3HW, label_BHW in batches:
         given = [points[i] for i in index_B] if points else map(points_at, label_BHW)
@@ -395,8 +394,9 @@ def train(model, batches, points, steps, optimizer, generator, add_up=lambda cou
         theta_B23 = random_affine(len(image_B3HW), generator)
         view_B3HW, *points_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
         loss, count = point_loss(model(view_B3HW, upsample=False), *points_BN)
-        add_up(counts := torch.stack([count, torch.ones_like(count)]))
-        loss = loss * counts[1] / counts[0].clamp(min=1)  # counts[1]: ranks, DDP averages
+        if WORLD > 1:
+            dist.all_reduce(count)
+        loss = loss * WORLD / count.clamp(min=1)  # DDP averages
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -801,8 +801,7 @@ def fit(config, pool, points, r):
     if WORLD > 1 and device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    add_up = dist.all_reduce if WORLD > 1 else lambda counts: None
-    loss = sum(gather(train(parallel, data, points, steps, optimizer, views, add_up))) / WORLD
+    loss = sum(gather(train(parallel, data, points, steps, optimizer, views))) / WORLD
     predict(parallel, pool[0][1][None].to(device))  # raises if it diverged; DDP syncs BatchNorm
     return model, {"loss": loss, "seconds": time.time() - clock}
 
@@ -845,7 +844,7 @@ def write_down(config, pool, model, points, r, confusion_CC, learned, records):
 
 
 def run(config, first=None):
-    """A dict a round, until a person is to label. `first` hands the network of round 0 on."""
+    """A dict a round, until a person is to label. `first`: round 0's network, for like settings."""
     config, first, model = complete(config), {} if first is None else first, None
     pool, test = prepare(config)
     records, C = read_metrics(config.folder), len(pool.classes)
@@ -919,7 +918,7 @@ def draw_panel(config, pool, model, points, last):
             shown[f"labels of rounds 0 to {r}"] = shown["image"]
             (y, x, _), (v, u, c) = picks_N3.T, points[i].T
             axes[-2].plot(x, y, "ro", mfc="none")
-            axes[-1].scatter(u, v, 24, colours[c] / 255, edgecolors="white")
+            axes[-1].scatter(u, v, 24, colours[c.numpy()] / 255, edgecolors="white")
         for ax, (title, pixels) in zip(axes, shown.items()):
             ax.imshow(np.asarray(pixels), interpolation="nearest")
             ax.set(title=title * (row == 0), xticks=[], yticks=[])
@@ -977,7 +976,8 @@ def draw_curves(config):
             if read_config(folder, free) == read_config(config.folder, free):
                 lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
         if lines := [x for x in lines if None not in x]:
-            curves.setdefault((folder.name.rpartition("-")[0], lines[0][0]), []).append(lines)
+            name = folder.name.rpartition("-")[0]
+            curves.setdefault((name, "-supervised" in name or lines[0][0]), []).append(lines)
         else:
             say(f"{folder} is left out of the curves: other settings, or nothing measured")
     for (name, _), seeds in curves.items():
