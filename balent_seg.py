@@ -977,7 +977,7 @@ def draw_curves(config):
                 lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
         if lines := [x for x in lines if None not in x]:
             name = folder.name.rpartition("-")[0]
-            curves.setdefault((name, "-supervised" in name or lines[0][0]), []).append(lines)
+            curves.setdefault((name, name.endswith("supervised") or lines[0][0]), []).append(lines)
         else:
             say(f"{folder} is left out of the curves: other settings, or nothing measured")
     for (name, _), seeds in curves.items():
