@@ -657,6 +657,51 @@ def test_a_person_labels_two_rounds_and_no_mistake_loses_anything(tmp_path, caps
         assert said in (go() if late is names else refused(capsys, *flags))
 
 
+@pytest.mark.parametrize("name", ["balent", "entropy"])
+def test_round_1_labels_the_best_pixels_by_round_0s_network(name, tmp_path):
+    """Scored anew from round 0's model.pt: plain passes of thinned networks, BalEnt in float64."""
+    settings = TINY | {"epochs": 8, "acquisition": name, "out": str(tmp_path)}
+    config = bs.complete(bs.Config(**settings | {"rounds": 1}))
+    bs.run(config)
+    model, saved = bs.load_model(config.folder / "model.pt")
+    bs.run(bs.Config(**settings | {"rounds": 2}))
+    pool = bs.open_dataset("synthetic", Path("data"), config.size)[0]
+    first, second = (bs.read_labels(config.folder / f"round-0{r}/labels.csv", pool.names,
+                                    pool.classes, config.size)[0] for r in (0, 1))  # fmt: skip
+    for i, image, label in pool:
+        seed = bs.stream(bs.DRAWS, config.seed, 1, i).initial_seed()
+        prob = explicit_draws(model, image[None] / 255, config.mc_samples, seed)[:, 0]
+        mean, var = prob.mean(0), prob.var(0, correction=0)
+        score = torch.special.entr(mean).sum(0)
+        if name == "balent":
+            score = bs.balent_acquisition(mean, var, dim=0)
+        score[label == bs.IGNORE] = -math.inf
+        score[tuple(first[i][:, :2].T)] = -math.inf
+        picked = score[tuple(second[i][:, :2].T)].sort(descending=True).values
+        assert torch.allclose(picked, score.flatten().topk(4).values, rtol=2e-3, atol=2e-4)
+
+
+def test_training_learns_the_labels_it_is_given():
+    """Beyond chance on its points, and better on the whole scene than from shuffled labels."""
+    image, label = bs.synthetic_scene((48, 64), 0, 5, 0)
+    image = torch.tensor(np.asarray(image)).movedim(2, 0)[None]
+    label = torch.tensor(np.asarray(label))[None]
+    points = bs.points_at(label[0])[::7]
+    shuffled = points.clone()
+    shuffled[:, 2] = points[torch.randperm(len(points), generator=bs.stream(0)), 2]
+    first, last, hits = [], [], []
+    for given in (points, shuffled):
+        torch.manual_seed(0)
+        model = bs.MCDropoutFCN(8, "small", 0.2, "none")
+        batches = [(torch.arange(1), image, label)] * 60
+        for losses, steps in ((first, 1), (last, 60)):
+            optimizer = bs.make_optimizer(model, 5e-3, False)
+            losses += [bs.train(model, batches[:steps], [given], steps, optimizer, bs.stream(1))]
+        hits += [(bs.predict(model, image) == label).float().mean().item()]
+    assert last[0] < first[0] / 2
+    assert hits[0] > hits[1] + 0.2
+
+
 # ---- 11. Ranks and command line ------------------------------------------------------------------
 def test_the_first_command_runs_where_only_the_file_is_and_importing_does_nothing(tmp_path, capsys):
     shutil.copy(bs.__file__, tmp_path)
