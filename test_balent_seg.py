@@ -166,14 +166,6 @@ def test_acquisition_inverts_what_is_not_negative():
     assert torch.equal(score_N[~high_N], value_N[~high_N])
 
 
-def test_a_balanced_entropy_of_zero_has_the_highest_score(monkeypatch):
-    values = torch.tensor([-1.0, 0.0, 1e-30, 1.0])
-    monkeypatch.setattr(bs, "balanced_entropy", lambda mean, var, dim: values)
-    score = bs.balent_acquisition(None, None)
-    assert score.isfinite().all()
-    assert score.argsort().tolist() == [0, 3, 2, 1]
-
-
 def test_score_does_not_depend_on_the_order_of_classes():
     mean_CN, var_CN = moments_of(draws_of_pixels())
     order = [3, 0, 4, 2, 1]
@@ -187,13 +179,6 @@ def test_classes_may_lie_along_any_dimension():
     expected = bs.balent_acquisition(mean_CN, var_CN, 0)
     assert torch.equal(bs.balent_acquisition(mean_CN.T, var_CN.T), expected)
     assert torch.equal(bs.balent_acquisition(mean_CN.T, var_CN.T, -1), expected)
-
-
-def test_score_of_a_pixel_does_not_depend_on_its_neighbours():
-    mean_CN, var_CN = moments_of(draws_of_pixels())
-    expected = bs.balent_acquisition(mean_CN, var_CN, 0)[7:9]
-    found = bs.balent_acquisition(mean_CN[:, 7:9], var_CN[:, 7:9], 0)
-    assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 40), (5,), (5, 39)])
@@ -264,13 +249,6 @@ def test_power_bald_picks_in_proportion_to_bald():
     assert torch.allclose(wins / 4000, bald_N / bald_N.sum(), atol=0.03)
 
 
-def test_random_scores_are_uniform():
-    moments = bs.Moments(None, None, torch.zeros(2, 100, 100))
-    score = bs.ACQUISITIONS["random"](moments, torch.Generator().manual_seed(0))
-    quartiles = score.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-    assert torch.allclose(quartiles, torch.linspace(0, 1, 5), atol=0.02)
-
-
 # ---- 3. Network
 @torch.no_grad()
 def thinned_passes(model, x_B3HW, samples, seed):
@@ -326,14 +304,6 @@ def test_moments_of_an_image_do_not_depend_on_the_batch():
     alone = model.mc_moments(x_B3HW[1:2], 5)
     for expected, found in zip(alone, together):
         assert torch.allclose(expected[0], found[1], atol=1e-6)
-
-
-def test_another_seed_draws_other_networks():
-    model = decided_network()
-    x_B3HW = torch.rand(1, 3, 16, 20)
-    first = model.mc_moments(x_B3HW, 5, seed=0)
-    second = model.mc_moments(x_B3HW, 5, seed=1)
-    assert (first.mean_BCHW - second.mean_BCHW).abs().max() > 0.01
 
 
 def test_dropout_acts_in_train_mode_only():
@@ -621,18 +591,6 @@ def test_labels_are_learned_better_than_labels_shuffled():
     assert hits[0] > hits[1] + 0.2
 
 
-def test_the_loss_is_the_mean_of_the_last_tenth(monkeypatch):
-    losses = iter([*[torch.tensor(9.0)] * 18, torch.tensor(1.0), torch.tensor(2.0)])
-    model, optimizer = tiny_network()
-
-    def point_loss(logits_BChw, xy_BN2, class_BN):
-        return 0 * logits_BChw.sum() + next(losses), torch.tensor(1)
-
-    monkeypatch.setattr(bs, "point_loss", point_loss)
-    batch = (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 1, 3).long())
-    assert bs.train(model, [batch] * 20, optimizer, 20) == 1.5
-
-
 # ---- 6. Evaluation
 def some_predictions():
     """pred and truth (3, 9, 9) of 6 classes; 2 and 4 do not occur in the truth."""
@@ -653,12 +611,6 @@ def test_iou_is_hits_over_either(k):
     if (truth == k).any():
         expected = (hit.sum() / either.sum()).item()
     assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
-
-
-def test_confusion_matrix_has_true_classes_in_its_rows():
-    pred = torch.tensor([[0, 1, 1, 1]])
-    truth = torch.tensor([[0, 0, 0, bs.IGNORE]], dtype=torch.uint8)
-    assert bs.confusion_matrix(pred, truth, 2).tolist() == [[1, 2], [0, 0]]
 
 
 def test_prediction_is_the_most_probable_class():
@@ -694,12 +646,6 @@ def test_no_more_pixels_are_picked_than_are_free():
     assert bs.pick_pixels(score_HW, 0 * free_HW, 50).shape == (0, 2)
 
 
-def test_pixels_of_infinitely_low_score_are_picked_last():
-    score_HW, free_HW = free_pixels()
-    score_HW[3] = -math.inf
-    assert bs.pick_pixels(score_HW, free_HW, 1).tolist() == [[2, 4]]
-
-
 def test_ties_are_broken_at_random():
     _, free_HW = free_pixels()
     counts_HW = torch.zeros(4, 5)
@@ -720,15 +666,6 @@ def test_top_draws_at_random_from_the_best_part():
         counts_N[score_HW[yx_N2[:, 0], yx_N2[:, 1]].long()] += 1
     assert (counts_N[9:19] - 200).abs().max() < 50  # the best ten of nineteen
     assert counts_N.sum() == counts_N[9:19].sum()
-
-
-def test_a_score_is_that_of_the_images_moments():
-    model = decided_network()
-    image_3HW = torch.randint(256, (3, 16, 20), dtype=torch.uint8)
-    found = bs.score_pixels(model, "entropy", image_3HW, 5, bs.stream(0))
-    seed = torch.randint(2**31, (), generator=bs.stream(0)).item()
-    mean_BCHW = model.mc_moments(image_3HW[None] / 255, 5, seed).mean_BCHW
-    assert torch.equal(found, torch.special.entr(mean_BCHW).sum(1)[0])
 
 
 WRONG_FUNCTIONS = [
@@ -779,14 +716,6 @@ def folder(shared_folder, tmp_path):
 
 def labels_of(frames):
     return [label_HW.numpy() for _, _, label_HW in frames]
-
-
-def test_frames_are_never_scaled_up(shared_folder):
-    train, _ = bs.open_dataset("folder", shared_folder, (60, 70))
-    raw = np.array(Image.open(shared_folder / "trainannot/train3.png"))
-    expected = np.full((60, 70), bs.IGNORE)
-    expected[:48, :64] = raw
-    assert np.array_equal(labels_of(train)[3], expected)
 
 
 def test_frames_are_scaled_down_to_fit(shared_folder):
@@ -903,15 +832,6 @@ COLOURS = [
 @pytest.mark.parametrize("name, k, colour", COLOURS)
 def test_a_dataset_has_its_usual_colours(name, k, colour):
     assert bs.palette(bs.DATASETS[name].colours)[k].tolist() == colour
-
-
-def test_scenes_hold_every_class_with_rare_ones():
-    labels = [np.array(bs.synthetic_scene(seed)[1]) for seed in range(12)]
-    counts = np.bincount(np.ravel(labels), minlength=256)
-    assert counts[:8].all()
-    assert counts[bs.IGNORE] > 0
-    assert not counts[8 : bs.IGNORE].any()
-    assert counts[5:8].max() < 0.02 * counts.sum()
 
 
 @pytest.fixture
