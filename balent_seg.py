@@ -686,8 +686,7 @@ def synthetic_scene(seed):
     things = ((1, 64, 96), (4, 60, 72), (5, 2, 96), (6, 18, 18), (7, 12, 33))
     for k, width, height in things:
         shape = draw.rectangle if k in (1, 5) else draw.ellipse
-        for _ in range(rng.integers(4)):
-            left, foot = rng.uniform((0, y), (384, y + 50))
+        for left, foot in rng.uniform((0, y), (384, y + 50), (rng.integers(4), 2)):
             shape((left, foot - height, left + width, foot), k)
     pale = palette(DATASETS["synthetic"].colours) / 3 + 60  # or it would be too easy
     image_HW3 = rng.normal(pale[np.array(label)], 40).clip(0, 255)
@@ -866,12 +865,12 @@ class Config:
         best = str(torch.accelerator.current_accelerator(True) or "cpu")
         if self.device == "auto":
             self.device = best
-        if self.arch is None and self.device != "cpu" and self.dataset != "synthetic":
-            self.arch = "fcn_resnet50"
-        small = self.arch in (None, "small")  # what a CPU can do; else as in PixelPick
+        if self.arch is None:
+            modest = self.device == "cpu" or self.dataset == "synthetic"
+            self.arch = "small" if modest else "fcn_resnet50"
+        small = self.arch == "small"  # what a CPU can do; else as in PixelPick
         H, W = DATASETS[self.dataset].size
         default = {
-            "arch": "small",
             "rounds": 5 if small else 10,
             "epochs": 20 if small else 50,
             "lr": 2e-3 if small else 5e-4,
@@ -890,13 +889,11 @@ class Config:
         """Refuse what is out of range or does not go together."""
         for setting in fields(self):
             value = getattr(self, setting.name)
-            least = 0 if setting.name in ("epochs", "seed") else 1
-            if setting.type is int and not least <= value < 2**63:
-                raise InputError(f"--{setting.name}: {value}: expected {least} or more")
-            if setting.type is float and not 0 <= value < 1:
-                raise InputError(
-                    f"--{setting.name}: {value}: expected from 0 to below 1"
-                )
+            least = int(setting.type is int and setting.name not in ("epochs", "seed"))
+            below = {int: 2**63, float: 1}.get(setting.type)
+            if below and not least <= value < below:
+                expected = f"expected from {least} to below {below}"
+                raise InputError(f"--{setting.name}: {value}: {expected}")
         if self.device not in (best, "cpu"):
             raise InputError(f"--device {self.device}: expected auto, {best} or cpu")
         if min(self.size) < 16:
@@ -1053,7 +1050,7 @@ def prepare(config):
 
 def survey(config, pool):
     """Say what the training labels hold; how many of their pixels are not void."""
-    counts_256 = torch.zeros(256)
+    counts_256 = torch.zeros(256, dtype=torch.long)
     for _, _, label_HW in read_frames(config, pool, "count"):
         counts_256 += label_HW.flatten().bincount(minlength=256)
     counts_256 = sum(gather(counts_256))
@@ -1163,8 +1160,9 @@ def look(config, model, frame, points_N3, r):
         label_HW = torch.full_like(label_HW, IGNORE)
     pred_1HW = predict(model, image_3HW[None])
     score_HW, yx_N2 = choose(config, model, frame, points_N3, r + 1)
-    rank_HW = score_HW.flatten().argsort().argsort().reshape(score_HW.shape)
-    return image_3HW.movedim(0, 2), label_HW, pred_1HW[0], rank_HW, yx_N2, points_N3
+    rank_HW = score_HW.flatten().argsort().argsort().reshape(score_HW.shape).numpy()
+    image_HW3 = image_3HW.movedim(0, 2).numpy()
+    return image_HW3, label_HW, pred_1HW[0], rank_HW, yx_N2, points_N3
 
 
 def write_round(config, pool, model, points, records):
@@ -1241,14 +1239,16 @@ def run(config):
             continue  # done; a label that is corrected changes this and later keys
 
         # Train from the initial weights on all labels so far.
-        clock = time.time()
         points = to_points(labels)
+        if not config.supervised:
+            pixels = int((torch.cat(points)[:, 2] != IGNORE).sum())
+        if pixels == 0:
+            raise InputError(f"{config.folder}: no labelled pixel has a class")
+        clock = time.time()
         model, loss = fit(config, pool, initial, points, r)
         seconds = time.time() - clock
 
         # Evaluate on the test images, and write down.
-        if not config.supervised:
-            pixels = int((torch.cat(points)[:, 2] != IGNORE).sum())
         record = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
         record |= evaluate(config, model, test)
         record |= {"loss": loss, "seconds": seconds, "labels": key}
@@ -1269,7 +1269,8 @@ def comparable(config):
     return [
         folder
         for folder in sorted(Path(config.out).glob(f"{config.dataset}-*"))
-        if not differences(read_config(folder), mine, FREE | PICKING)
+        if read_metrics(folder)
+        and not differences(read_config(folder), mine, FREE | PICKING)
     ]
 
 
@@ -1299,14 +1300,15 @@ def draw_panel(path, title, rows, classes, colours):
         pictures = (image, colours[label], colours[pred], rank, image)
         for ax, column, pixels in zip(axes, columns, pictures):
             ax.set_title(column)
-            ax.imshow(np.asarray(pixels), interpolation="nearest")
+            ax.imshow(pixels, interpolation="nearest")
         y_N, x_N = yx_N2.T
         axes[3].plot(x_N, y_N, "ro", fillstyle="none")
         y_N, x_N, class_N = points_N3.T
         axes[4].scatter(x_N, y_N, 24, colours[class_N] / 255, edgecolors="white")
-    for name, colour in zip([*classes[:20], "void"], colours[[*range(20), IGNORE]]):
+    names = dict(enumerate(classes[:20])) | {IGNORE: "void"}
+    for k, name in names.items():
         label = name.replace("$", r"\$")  # or mathematics would begin
-        grid[0, 0].plot([], [], "s", color=colour / 255, label=label)
+        grid[0, 0].plot([], [], "s", color=colours[k] / 255, label=label)
     figure.legend(loc="outside lower center", ncols=11)
     with replacing(path) as part:
         figure.savefig(part)
@@ -1547,6 +1549,7 @@ def parse(argv):
 
 def main(argv=None):
     """The command line; 0, or 2 after a line that says what to mend, 130 if stopped."""
+    code = 2
     try:
         for config in parse(argv):
             records = run(config)
@@ -1554,10 +1557,8 @@ def main(argv=None):
             draw_curves(Path(config.out, f"{config.dataset}.png"), comparable(config))
         return 0
     except KeyboardInterrupt:
-        print(
-            "balent_seg: stopped; the same command goes on from here", file=sys.stderr
-        )
-        return 130
+        message = "stopped; the same command goes on from here"
+        code = 130
     except (InputError, OSError, ImportError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
@@ -1569,7 +1570,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     print("balent_seg:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -35,11 +35,10 @@ def exact_beta_entropy(alpha, beta):
 
 
 def textbook_beta_entropy(a, b):
-    """The textbook formula as it stands."""
-    n = a + b
-    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(n)
-    first = (a - 1) * torch.digamma(a) + (b - 1) * torch.digamma(b)
-    return log_beta - first + (n - 2) * torch.digamma(n)
+    """The textbook formula, term by term."""
+    h = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+    h = h - (a - 1) * torch.digamma(a) - (b - 1) * torch.digamma(b)
+    return h + (a + b - 2) * torch.digamma(a + b)
 
 
 def print_accuracy():
