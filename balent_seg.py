@@ -663,12 +663,12 @@ def fetch(row, folder):
 
 
 def draw_scenes(folder):
-    """Draw the synthetic dataset in CamVid's layout: 80 training and 40 test images."""
+    """Draw the synthetic dataset in CamVid's layout: 64 training and 32 test images."""
     part = folder.with_name(".synthetic")
     for name in ("train", "trainannot", "test", "testannot"):
         (part / name).mkdir(parents=True, exist_ok=True)
-    for seed in range(120):
-        split = "train" if seed < 80 else "test"
+    for seed in range(96):
+        split = "train" if seed < 64 else "test"
         image, label = synthetic_scene(seed)
         image.save(part / split / f"{seed:03d}.jpg")
         label.save(part / f"{split}annot" / f"{seed:03d}.png")
