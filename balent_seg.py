@@ -32,7 +32,8 @@ Choices where the paper is silent or public code differs; `grep CHOICE` finds th
     code clamps a logarithm instead, which moves h by more than 0.1 nat.
  3  The variance divides by T, not T - 1: then v <= m (1 - m), so the Beta exists.
     Welford's update keeps small variances accurate.
- 4  Means and standard deviations smaller than the spacing of floats at 1 are set to it.
+ 4  A mean stays eps away from 0 and 1, and a standard deviation above eps, where eps is
+    the spacing of floats at 1.
  5  One draw is one network for all pixels. Independent masks at each position of the
     feature map would leave its grid in the variance of the upsampled maps.
  6  Logits are upsampled first; softmax and moments are taken at full resolution.
@@ -78,7 +79,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torch.hub import tqdm
+from torch.hub import tqdm  # or a stub of it, where tqdm is not installed
 from torch.utils.data import default_collate
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import pil_to_tensor
@@ -267,9 +268,10 @@ def _torchvision(arch, weights):
     return backbone, nn.Sequential(*neck), last.in_channels
 
 
-# A row makes the trunk of a network: weights, "imagenet" or "none" -> (backbone, neck,
-# D). Its input is RGB, normalised as for ImageNet; its output has D channels. To use a
-# network of your own, add a row and call main().
+# A row is a function of the weights, "imagenet" or "none". It returns the trunk of a
+# network in two parts, backbone and neck, and the number D of channels that they give.
+# The trunk takes RGB normalised as for ImageNet. To use a network of your own, add a row
+# and call main().
 ARCHS = {"small": _small}
 for _name in (
     "fcn_resnet50",
@@ -353,10 +355,14 @@ def load_model(path):
 
 
 # ---- 4. Labels: {image: rows [y, x, class]}, and the CSV that records them
+def number(*keys):
+    """A number of 48 bits that stands for these keys."""
+    return int(hashlib.sha256(repr(keys).encode()).hexdigest()[:12], 16)
+
+
 def stream(*keys):
     """A random stream of its own for each tuple of keys: purpose, seed, round ..."""
-    seed = hashlib.sha256(repr(keys).encode()).hexdigest()[:8]
-    return torch.Generator().manual_seed(int(seed, 16))
+    return torch.Generator().manual_seed(number(*keys))
 
 
 def read_text(path):
@@ -445,13 +451,11 @@ def augment(image_B3HW, points_BN3, scale_B2, shift_B2):
 def point_loss(logits_BChw, xy_BN2, class_BN):
     """Sum of the cross-entropies at the points, in nats, and how many points count.
 
-    It equals the sum over a dense label that is IGNORE at all other pixels.
+    At pixel centres it equals the sum over a dense label that is IGNORE elsewhere.
     """
-    # Beyond the outermost feature centres upsampling repeats the outermost feature.
-    h, w = logits_BChw.shape[-2:]
-    reach_2 = 1 - 1 / xy_BN2.new_tensor([w, h])
-    grid_B1N2 = xy_BN2.clamp(-reach_2, reach_2)[:, None]
-    logits_BC1N = F.grid_sample(logits_BChw, grid_B1N2, align_corners=False)
+    logits_BC1N = F.grid_sample(
+        logits_BChw, xy_BN2[:, None], padding_mode="border", align_corners=False
+    )
     loss = F.cross_entropy(
         logits_BC1N[:, :, 0], class_BN, ignore_index=IGNORE, reduction="sum"
     )
@@ -479,10 +483,8 @@ def train(model, batches, optimizer, steps):
     for image_B3HW, points_BN3 in batches:
         image_B3HW = image_B3HW.to(device).float() / 255
         points_BN3 = points_BN3.to(device)
-        scale_B2, shift_B2 = random_affine(len(image_B3HW))
-        view_B3HW, xy_BN2, class_BN = augment(
-            image_B3HW, points_BN3, scale_B2, shift_B2
-        )
+        affine = random_affine(len(image_B3HW))
+        view_B3HW, xy_BN2, class_BN = augment(image_B3HW, points_BN3, *affine)
         loss, count = point_loss(model(view_B3HW, upsample=False), xy_BN2, class_BN)
         if WORLD > 1:
             dist.all_reduce(count)
@@ -565,7 +567,7 @@ class Dataset(NamedTuple):
     labels: str = "{}annot/*"
     listed: str = ""  # the file that lists the frames of a split; else all count
     splits: tuple = ("train", "test")
-    ids: list = range(IGNORE)  # of the classes in label files; the last + 1 is void
+    ids: list = range(IGNORE)  # of the classes; other ids up to the last + 1 are void
     colours: str = ""  # of the classes, in hex; those of VOC2012 where it ends
     urls: list = ()  # archives that hold the folder, tried in turn
     md5: str | None = None  # of the archive
@@ -647,7 +649,7 @@ DATASETS = {
 def fetch(row, folder):
     """Download and unpack a dataset: all of its folder, or nothing."""
     problem = f"{folder} does not exist: {row.advice}"
-    if folder.is_symlink() or folder.name == folder.parent.name:
+    if folder.is_symlink() or folder.name == folder.parent.name:  # --root is too deep
         raise InputError(problem)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for url in row.urls:
@@ -716,7 +718,7 @@ class Frames:
         H, W = self.size
         image_path, label_path = list(self.paths.values())[i]
         image = open_photo(image_path)
-        if label_path is None:  # then class 0 stands for what is not known yet
+        if label_path is None:  # then all of it has the id of class 0
             label = Image.new("L", image.size, self.class_of.tolist().index(0))
         else:
             label = open_label(label_path, image.size)
@@ -828,10 +830,11 @@ def open_dataset(name, root, size, asking=False):
 
 
 # ---- 9. Experiment: settings, rounds, and the files of a run
-# Settings that may change as a run goes on, that a person's run may change in training,
-# and in which the runs of one figure differ.
+# Settings that may change as a run goes on
 FREE = {"rounds", "root", "workers", "device", "out", "versions"}
+# Settings that a person may change, whose labels are then learned anew
 TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr", "amp"}
+# Settings in which the runs of one figure may differ
 PICKING = {"acquisition", "supervised", "pixels", "top", "seed"}
 
 
@@ -893,13 +896,16 @@ class Config:
             below = {int: 2**63, float: 1}.get(setting.type)
             if below and not least <= value < below:
                 expected = f"expected from {least} to below {below}"
-                raise InputError(f"--{setting.name}: {value}: {expected}")
+                flag = setting.name.replace("_", "-")
+                raise InputError(f"--{flag}: {value}: {expected}")
         if self.device not in (best, "cpu"):
             raise InputError(f"--device {self.device}: expected auto, {best} or cpu")
         if min(self.size) < 16:
             raise InputError(f"--size: {self.size}: expected 16 or more")
         if self.batch_size % WORLD:
             raise InputError(f"--batch-size: expected a multiple of {WORLD} processes")
+        if self.arch.startswith("deeplab") and self.batch_size < 2 * WORLD:
+            raise InputError(f"--batch-size: {self.arch} needs 2 images a process")
         if self.oracle == "human" and self.supervised:
             raise InputError("--oracle human: expected no --supervised")
 
@@ -1043,7 +1049,7 @@ def prepare(config):
     initial = make_model(config, pool.classes)
     check_config(config, pool, test)
     for frames in (pool, test):
-        if len(frames) * math.prod(config.size) < 1e9:  # of 4 bytes
+        if len(frames) * math.prod(config.size) < 1e9:  # pixels of 4 bytes
             frames.held = list(read_frames(config, frames, "read", range(len(frames))))
     return pool, test, initial
 
@@ -1092,8 +1098,7 @@ def fit(config, pool, initial, points, r):
     parallel = model
     if WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(model)
-    seed = stream("train", config.seed, r, RANK).initial_seed()
-    torch.manual_seed(seed)  # of dropout and views
+    torch.manual_seed(number("train", config.seed, r, RANK))  # of dropout and views
     batches = training_batches(config, pool, points, steps, r)
     loss = train(parallel, batches, optimizer, steps)
     predict(parallel, pool[0][1][None])  # refuses what diverged; DDP syncs BatchNorm
@@ -1133,7 +1138,7 @@ def choose(config, model, frame, points_N3, r):
 
 
 def ask(config, pool, model, points, r):
-    """Rows (image, y, x, label) of round r; the label is the truth, or a person's gap."""
+    """Rows (image, y, x, label) of round r; empty labels are for a person to fill in."""
     names = list(pool.paths)
     rows = []
     for frame in read_frames(config, pool, f"round {r}: score"):
@@ -1149,8 +1154,7 @@ def digest(config, labels):
     """A number that stands for what a round learns from: labels and settings."""
     rows = sorted((name, *row) for name in labels for row in labels[name])
     settings = [getattr(config, name) for name in sorted(TRAINING)]
-    content = repr((rows, settings)).encode()
-    return int(hashlib.sha256(content).hexdigest()[:12], 16)
+    return number(rows, settings)
 
 
 def look(config, model, frame, points_N3, r):
@@ -1166,7 +1170,7 @@ def look(config, model, frame, points_N3, r):
 
 
 def write_round(config, pool, model, points, records):
-    """Write the files of the last round; metrics.csv, the last of them, says: done."""
+    """Write the files of the last round. metrics.csv comes last: then it is done."""
     record = records[-1]
     r = record["round"]
     state = {"classes": pool.classes, "state_dict": model.state_dict()}
@@ -1232,11 +1236,12 @@ def run(config):
         if not config.supervised and label_round(config, pool, model, labels, r):
             return records[:r]
         key = digest(config, labels)
+        # The network of a round is needed until the next pixels are chosen.
         asked = (
             round_file(config, r + 1, "labels.csv").exists() or r + 1 == config.rounds
         )
         if asked and r < len(records) and records[r].get("labels") == key:
-            continue  # done; a label that is corrected changes this and later keys
+            continue  # done; a corrected label would change this and the later keys
 
         # Train from the initial weights on all labels so far.
         points = to_points(labels)
@@ -1315,13 +1320,13 @@ def draw_panel(path, title, rows, classes, colours):
 
 
 def photographs(pool):
-    """Name, photograph and image_3hw, which lacks the padding, of each frame."""
-    for i, (name, (path, _)) in enumerate(pool.paths.items()):
-        _, image_3HW, label_HW = pool[i]
-        seen_HW = label_HW != IGNORE
-        h = seen_HW.any(1).sum()
-        w = seen_HW.any(0).sum()
-        yield name, open_photo(path), image_3HW[:, :h, :w]
+    """Name, photograph, and image_3hw: the photograph in the working size."""
+    H, W = pool.size
+    for name, (path, _) in pool.paths.items():
+        photo = open_photo(path)
+        small = photo.copy()
+        small.thumbnail((W, H), Image.BILINEAR)
+        yield name, photo, pil_to_tensor(small)
 
 
 def draw_masks(folder, pool, model, colours):
