@@ -1,5 +1,8 @@
 """Tests of balent_seg: each is a second, slower implementation of a claim, or what may
-not change. `pytest -m "not run"` leaves out sections 8 to 12, which train networks.
+not change.
+
+python -m pytest -q test_balent_seg.py    all of them, two minutes on two cores
+python test_balent_seg.py                 those of sections 1 to 7, in ten seconds
 """
 
 import dataclasses
@@ -1448,20 +1451,33 @@ def test_a_person_labels_in_a_browser(person, browser, tmp_path):
     assert (person.folder / "round-01/label.html").exists()
 
 
-def test_the_outline_shows_the_pixel_of_the_photograph(person, browser, folder):
-    """On a photograph twice the working size, of blocks of the colour of their place."""
-    rows, columns = np.meshgrid(range(48), range(64), indexing="ij")
-    place = np.stack([rows * 5, columns * 3, rows * 0 + 128], 2).astype(np.uint8)
+def save_gradient(path, kind):
+    """A photograph twice the working size, whose colours tell the place."""
+    rows, columns = np.meshgrid(range(96), range(128), indexing="ij")
+    place = np.stack([rows * 2.5, columns * 1.9, 0 * rows + 128], 2).astype(np.uint8)
+    exif = Image.Exif()
+    if kind == "portrait":
+        place = place.swapaxes(0, 1)
+    if kind == "turned":
+        exif[0x0112] = 6
+    Image.fromarray(place).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["landscape", "portrait", "turned"])
+def test_the_outline_shows_the_pixel_of_the_photograph(kind, person, browser, folder):
     for path in (folder / "train").iterdir():
-        Image.fromarray(place.repeat(2, 0).repeat(2, 1)).save(path)
+        save_gradient(path, kind)
     person()
-    browser.get((person.folder / "round-00/label.html").as_uri())
-    _, y, x, *_ = page_data(person.folder / "round-00/label.html")["pixels"][0]
+    page = person.folder / "round-00/label.html"
+    browser.get(page.as_uri())
+    _, y, x, *_ = page_data(page)["pixels"][0]
+    pool, _ = bs.open_dataset("folder", folder, (48, 64), asking=True)
+    expected = pool[0][1][:, y, x].numpy()
     box = browser.find_element("css selector", "#crop rect").rect
     shot = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     found = shot.getpixel(tuple(map(int, middle)))
-    assert np.abs(np.subtract(found, place[y, x])).max() < 12
+    assert np.abs(np.subtract(found, expected)).max() < 12
 
 
 # ---- 12. Ranks and the command line
@@ -1573,3 +1589,10 @@ def test_help_tells_of_every_setting_in_words(capsys):
     for setting in dataclasses.fields(bs.Config):
         assert re.search(rf"--{setting.name.replace('_', '-')}\b", text)
     assert "None" not in text
+
+
+if __name__ == "__main__":
+    section_8 = write_images.__code__.co_firstlineno
+    names = [name for name in dir() if name.startswith("test_")]
+    first = [n for n in names if globals()[n].__code__.co_firstlineno < section_8]
+    sys.exit(pytest.main(["-q", *[f"{__file__}::{name}" for name in first]]))
