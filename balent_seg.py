@@ -1555,6 +1555,8 @@ def parse(argv):
 def main(argv=None):
     """The command line; 0, or 2 after a line that says what to mend, 130 if stopped."""
     code = 2
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for config in parse(argv):
             records = run(config)

@@ -1572,6 +1572,14 @@ def test_the_first_command_runs_where_only_the_file_is(tmp_path):
     assert (tmp_path / "runs/synthetic-balent-seed0/round-02/panel.png").exists()
 
 
+def test_a_terminal_without_umlauts_gets_escapes(folder, tmp_path):
+    (folder / "train/train0.png").rename(folder / "train/ä.json")
+    flags = flags_of("--oracle human", folder, tmp_path / "runs")
+    environment = {"PYTHONIOENCODING": "ascii"}
+    done = shell(sys.executable, bs.__file__, *flags, env=environment)
+    assert r"1 files are no pictures: \xe4.json" in done.stdout
+
+
 def test_importing_does_nothing(tmp_path):
     root = Path(bs.__file__).parent
     code = "import sys, balent_seg; print('matplotlib' in sys.modules)"
