@@ -386,7 +386,7 @@ def read_labels(path, labels, classes, size):
     if next(lines, []) != ["image", "y", "x", "label"]:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
     rows = []
-    for cells in lines:
+    for cells in filter(None, lines):  # blank lines are no rows
         line = f"{path}:{lines.line_num}: {','.join(cells):.80}"
         if len(cells) != 4 or cells[0] not in labels:
             raise InputError(f"{line}: expected the name of a training image,y,x,label")
@@ -651,9 +651,9 @@ def fetch(row, folder):
     problem = f"{folder} does not exist: {row.advice}"
     if folder.is_symlink() or folder.name == folder.parent.name:  # --root is too deep
         raise InputError(problem)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for url in row.urls:
         say(f"{folder} does not exist: fetching {url}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             try:
                 download_and_extract_archive(url, temporary, md5=row.md5)
@@ -735,10 +735,19 @@ class Frames:
         return i, image_3HW, label_HW
 
 
+def open_picture(path):
+    """A picture as it is stored."""
+    if not path.exists():
+        raise missing(path)
+    with blame(f"{path} cannot be read as a picture"):
+        image = Image.open(path)
+        image.load()
+    return image
+
+
 def open_photo(path):
     """A photograph in RGB, upright."""
-    with blame(f"{path} cannot be read as a picture"):
-        image = ImageOps.exif_transpose(Image.open(path))
+    image = ImageOps.exif_transpose(open_picture(path))
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{path}: mode {image.mode}, expected 8 bits a channel")
     return image.convert("RGB")
@@ -746,9 +755,7 @@ def open_photo(path):
 
 def open_label(path, size):
     """The label file of an upright photograph of this width and height."""
-    with blame(f"{path} cannot be read as a label"):
-        label = Image.open(path)
-        label.load()
+    label = open_picture(path)
     if label.mode not in ("1", "L", "P") or label.size != size:
         found = f"{path} is {label.size} in mode {label.mode}"
         expected = (
@@ -762,8 +769,10 @@ def read_classes(path):
     """The names in a file: the last column of its lines, `#` starts a comment."""
     classes = []
     for line in read_text(path).splitlines():
-        name = line.split("\t")[-1].split(", ")[0].strip()  # ADE20K adds synonyms
-        if name and not line.startswith(("#", "Idx\t")):
+        name = line.split("\t")[-1].strip()
+        if "\t" in line:  # ADE20K's table: a header, and synonyms after a comma
+            name = name.split(",")[0]
+        if name and not line.strip().startswith(("#", "Idx\t")):
             classes.append(name)
     names = {name.casefold() for name in classes}
     odd = [name for name in names if "," in name or name.isdecimal() or name == "void"]
@@ -899,11 +908,14 @@ class Config:
                 flag = setting.name.replace("_", "-")
                 raise InputError(f"--{flag}: {value}: {expected}")
         if self.device not in (best, "cpu"):
-            raise InputError(f"--device {self.device}: expected auto, {best} or cpu")
+            raise InputError(f"--device {self.device} is not there: auto takes {best}")
         if min(self.size) < 16:
             raise InputError(f"--size: {self.size}: expected 16 or more")
         if self.batch_size % WORLD:
-            raise InputError(f"--batch-size: expected a multiple of {WORLD} processes")
+            raise InputError(
+                f"--batch-size: {self.batch_size}: expected a multiple of {WORLD}, the "
+                "number of processes"
+            )
         if self.arch.startswith("deeplab") and self.batch_size < 2 * WORLD:
             raise InputError(f"--batch-size: {self.arch} needs 2 images a process")
         if self.oracle == "human" and self.supervised:
@@ -944,11 +956,16 @@ def write_csv(path, rows):
 
 def read_metrics(folder):
     """The rows of metrics.csv, each a dict of numbers; none if they cannot be read."""
+    records = []
     try:
         rows = csv.DictReader(read_text(folder / "metrics.csv").splitlines())
-        return [{name: float(cell) for name, cell in row.items()} for row in rows]
-    except (InputError, ValueError, TypeError):
+        for row in rows:
+            records.append({name: float(cell) for name, cell in row.items()})
+    except (InputError, ValueError, TypeError, csv.Error):
         return []
+    if not {"pixels_per_image", "mIoU", "labels"} <= set(rows.fieldnames or []):
+        return []
+    return records
 
 
 def read_config(folder):
@@ -966,17 +983,21 @@ def differences(old, new, free):
 
 def checksum(path):
     """Sixteen hex digits that stand for the bytes of a file."""
-    if not path.exists():
-        raise missing(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def weights_mark(config):
+    """The setting --weights; of a file its checksum."""
+    if config.weights in ("imagenet", "none"):
+        return config.weights
+    return checksum(Path(config.weights))
 
 
 def check_config(config, pool, test):
     """Record in config.json what the run is made from; refuse what differs."""
     new = dict(vars(config))
     new["versions"] = f"torch {torch.__version__}, numpy {np.__version__}"
-    if config.weights not in ("imagenet", "none"):
-        new["weights"] = checksum(Path(config.weights))
+    new["weights"] = weights_mark(config)
     for k, name in enumerate(pool.classes):
         new[f"class {k}"] = name
     for split, frames in (("train", pool), ("test", test)):
@@ -986,7 +1007,11 @@ def check_config(config, pool, test):
     free = FREE
     if config.oracle == "human":  # who may add images and classes, and train otherwise
         free = FREE | TRAINING | (new.keys() - old.keys())
-    for name in differences(old, new, free):
+    elif not read_metrics(config.folder):  # no round has been trained yet
+        free = FREE | TRAINING
+    differ = differences(old, new, free)
+    if differ:
+        name = differ[0]
         was = f"{name} was {old.get(name)}, is {new.get(name)}"
         raise InputError(f"{config.folder}: {was}: undo that, or use another --out")
     if RANK == 0:
@@ -1047,7 +1072,6 @@ def prepare(config):
         "CPUs, --arch fcn_resnet50 has the protocol of PixelPick, for GPUs)"
     )
     initial = make_model(config, pool.classes)
-    check_config(config, pool, test)
     for frames in (pool, test):
         if len(frames) * math.prod(config.size) < 1e9:  # pixels of 4 bytes
             frames.held = list(read_frames(config, frames, "read", range(len(frames))))
@@ -1150,11 +1174,12 @@ def ask(config, pool, model, points, r):
     return sorted(itertools.chain(*gather(rows)))
 
 
-def digest(config, labels):
-    """A number that stands for what a round learns from: labels and settings."""
+def digest(config, pool, labels):
+    """A number that stands for all that a round learns from."""
     rows = sorted((name, *row) for name in labels for row in labels[name])
-    settings = [getattr(config, name) for name in sorted(TRAINING)]
-    return number(rows, settings)
+    settings = [getattr(config, name) for name in sorted(TRAINING - {"weights"})]
+    data = (pool.classes, list(pool.paths), weights_mark(config))
+    return number(rows, settings, data)
 
 
 def look(config, model, frame, points_N3, r):
@@ -1228,6 +1253,7 @@ def run(config):
     """
     pool, test, initial = prepare(config)
     pixels = survey(config, pool)  # for full supervision
+    check_config(config, pool, test)
     labels = {name: [] for name in pool.paths}  # name -> rows [y, x, class]
     records = read_metrics(config.folder)
     model = None
@@ -1235,7 +1261,7 @@ def run(config):
         # Label the pixels that the network of the last round scores highest.
         if not config.supervised and label_round(config, pool, model, labels, r):
             return records[:r]
-        key = digest(config, labels)
+        key = digest(config, pool, labels)
         # The network of a round is needed until the next pixels are chosen.
         asked = (
             round_file(config, r + 1, "labels.csv").exists() or r + 1 == config.rounds
@@ -1309,7 +1335,8 @@ def draw_panel(path, title, rows, classes, colours):
         y_N, x_N = yx_N2.T
         axes[3].plot(x_N, y_N, "ro", fillstyle="none")
         y_N, x_N, class_N = points_N3.T
-        axes[4].scatter(x_N, y_N, 24, colours[class_N] / 255, edgecolors="white")
+        rgb_N3 = colours[class_N] / 255
+        axes[4].scatter(x_N, y_N, 24, facecolors=rgb_N3, edgecolors="white")
     names = dict(enumerate(classes[:20])) | {IGNORE: "void"}
     for k, name in names.items():
         label = name.replace("$", r"\$")  # or mathematics would begin
@@ -1572,7 +1599,9 @@ def main(argv=None):
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not full and "can't allocate memory" not in str(error):
             raise
-        message = "out of memory: use a smaller --batch-size, --size or --workers"
+        message = (
+            "out of memory: use a smaller --batch-size, or --size in another --out"
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -413,6 +413,10 @@ def test_a_wrong_row_is_named_by_its_line(row, expected, tmp_path):
         read_labels(tmp_path, "a,1,1,sky", row, "a,5,5,sky")
 
 
+def test_blank_lines_are_no_rows(tmp_path):
+    assert read_labels(tmp_path, "", "a,1,2,sky", "") == [["a", 1, 2, 1]]
+
+
 def test_a_pixel_of_an_earlier_round_is_refused(tmp_path):
     earlier = {"a": [[1, 2, 0]], "c/d": []}
     with pytest.raises(bs.InputError, match="labels.csv:3: .*has a row already"):
@@ -750,7 +754,7 @@ def test_files_that_are_no_pictures_are_named_once(folder, capsys):
     assert "2 files are no pictures: a.json" in capsys.readouterr().out
 
 
-WRONG_CLASSES = ["a", "a\na", "a\nA", "a\nVoid", "a\n7", "a\nred,1,2,3"]
+WRONG_CLASSES = ["a", "a\na", "a\nA", "a\nVoid", "a\n7", "a\nred,1,2,3", "a\nred, pale"]
 WRONG_CLASSES.append("\n".join(f"class{k}" for k in range(255)))
 
 
@@ -764,7 +768,7 @@ def test_classes_that_cannot_be_are_refused(text, tmp_path):
 
 def test_classes_are_a_name_a_line(tmp_path):
     path = tmp_path / "classes.txt"
-    path.write_text("# mine\nIdx\tName\n0\tdark \n1\tlight, pale\n\n")
+    path.write_text("# mine\ndark \n\n  # pale\nlight\n")
     assert bs.read_classes(path) == ["dark", "light"]
 
 
@@ -1052,7 +1056,9 @@ def copied(finished, tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\0", b"round,mIoU\n0,one\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\0", b"round,mIoU\n0,one\n", b"round\n0\n"]
+)
 def test_damaged_metrics_are_made_anew(content, go, copied, finished):
     (copied / "metrics.csv").write_bytes(content)
     assert go() == 0
@@ -1083,6 +1089,25 @@ def refused(capsys, code):
 
 def test_other_settings_in_the_same_folder_are_refused(go, copied, capsys):
     assert "pixels was 4, is 5: undo that" in refused(capsys, go("--pixels 5"))
+
+
+def test_data_that_was_mended_is_accepted(go, folder, capsys):
+    path = folder / "trainannot/train1.png"
+    good = path.read_bytes()
+    save_mask(path, 48, 64, 3)
+    assert "train1.png is" in refused(capsys, go(root=folder))
+    path.write_bytes(good)
+    assert go(root=folder) == 0
+
+
+def test_training_that_failed_may_be_tried_otherwise(go, capsys, monkeypatch):
+    def train(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bs, "train", train)
+        assert "out of memory" in refused(capsys, go())
+    assert go("--batch-size 2 --lr 0.001") == 0
 
 
 def test_data_that_changed_are_refused(go, copied, folder, capsys):
@@ -1220,7 +1245,7 @@ BAD_FLAGS = [
     ("--top nan", "--top: nan: expected from 0 to below 1"),
     ("--size 8 64", "--size: .8, 64.: expected 16 or more"),
     ("--seed 99999999999999999999", "--seed: 9+: expected from 0"),
-    ("--device tpu", "--device tpu: expected auto, "),
+    ("--device tpu", "--device tpu is not there: auto takes "),
     ("--colour red", "unrecognized arguments: --colour red"),
     ("--weights nowhere.pt", "nowhere.pt: expected the model.pt of a run"),
     ("--weights imagenet", "small has no ImageNet weights"),
@@ -1259,7 +1284,7 @@ BAD_DATA = [
         lambda path: save_mask(path, 48, 64, 3),
     ),
     ("train1.png has pixels of 50", lambda path: save_mask(path, 48, 64, value=50)),
-    ("train1.png cannot be read as a label", lambda path: os.truncate(path, 60)),
+    ("train1.png cannot be read as a picture", lambda path: os.truncate(path, 60)),
     (
         "train/. is missing; .* holds classes.txt",
         lambda path: shutil.rmtree(path.parents[1] / "train"),
@@ -1370,6 +1395,17 @@ def test_a_person_may_add_a_photograph_and_a_class(person, folder, capsys):
         file.write("\nmoose")
     assert person("--rounds 2") == 0
     assert "round 1: 20 of 20 pixels wait" in capsys.readouterr().out
+
+
+def test_a_new_class_trains_a_finished_round_anew(person, folder, tmp_path):
+    person("--rounds 1")
+    person.fill(0)
+    person("--rounds 1")
+    with (folder / "classes.txt").open("a") as file:
+        file.write("\nmoose")
+    person("--rounds 1")
+    _, saved = bs.load_model(person.folder / "model.pt")
+    assert saved["classes"][-1] == "moose"
 
 
 def test_a_photograph_that_changed_is_refused(person, folder, capsys):
