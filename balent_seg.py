@@ -1263,9 +1263,8 @@ def run(config):
             return records[:r]
         key = digest(config, pool, labels)
         # The network of a round is needed until the next pixels are chosen.
-        asked = (
-            round_file(config, r + 1, "labels.csv").exists() or r + 1 == config.rounds
-        )
+        last = r + 1 == config.rounds
+        asked = last or round_file(config, r + 1, "labels.csv").exists()
         if asked and r < len(records) and records[r].get("labels") == key:
             continue  # done; a corrected label would change this and the later keys
 
