@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from scipy.stats import entropy
 
 import balent_seg as bs
 
@@ -73,7 +74,7 @@ def test_balanced_entropy_is_the_integral_of_its_definition():
     """MJEnt sums the joint entropies of the classes: H(m) is in it once."""
     mean, var, _ = moments_of(softmax_draws(C=4, N=12, scale=1.5))
     mjent = np.vectorize(joint_entropy)(mean, var).sum(1)
-    expected = mjent / (scipy.stats.entropy(mean, axis=1) + math.log(2))
+    expected = mjent / (entropy(mean, axis=1) + math.log(2))
     assert bs.balanced_entropy(mean, var).numpy() == pytest.approx(expected, abs=1e-5)
 
 
@@ -151,9 +152,6 @@ def test_section_1_runs_alone():
 
 
 # ---- 2. Acquisition functions
-entropy = scipy.stats.entropy
-
-
 def test_baselines_are_their_formulas():
     prob_TBCHW = softmax_draws()
     prob_TCN = prob_TBCHW[:, 0, :, 0].numpy()
@@ -210,10 +208,10 @@ def test_moments_are_those_of_passes_of_thinned_networks(C, bias):
     x_B3HW = torch.rand(2, 3, 37, 50)
     found = model.mc_moments(x_B3HW, 7, seed=3)
     expected = moments_of(thinned_passes(model, x_B3HW, 7, seed=3))
-    assert torch.allclose(found.mean_BCHW.double(), expected.mean_BCHW, 0, 2e-6)
-    assert torch.allclose(found.var_BCHW.double(), expected.var_BCHW, 0.02, 1e-13)
-    error_BHW = found.cond_entropy_BHW - expected.cond_entropy_BHW
-    assert error_BHW.abs().max() < 1e-5
+    mean_BCHW, var_BCHW, entropy_BHW = [moment.float() for moment in expected]
+    assert torch.allclose(found.mean_BCHW, mean_BCHW, 0, 2e-6)
+    assert torch.allclose(found.var_BCHW, var_BCHW, 0.02, 1e-13)
+    assert torch.allclose(found.cond_entropy_BHW, entropy_BHW, 0, 1e-5)
 
 
 def test_dropout_acts_in_train_mode_only():
@@ -261,7 +259,6 @@ def test_mixed_precision_scores_within_the_error_of_bfloat16():
     full = model.mc_moments(x_B3HW, 5)
     model.mixed = True
     mixed = model.mc_moments(x_B3HW, 5)
-    assert mixed.mean_BCHW.dtype == torch.float32
     assert 0 < (full.mean_BCHW - mixed.mean_BCHW).abs().max() < 0.1
 
 
@@ -270,7 +267,7 @@ HEADER = "image,y,x,label"
 
 
 def read_labels(*lines, earlier=()):
-    """What read_labels makes of these lines, for the images a and c/d of 9 x 9 pixels."""
+    """What bs.read_labels makes of lines on the images a and c/d of 9 x 9 pixels."""
     path = Path("labels.csv")
     path.write_text("\n".join(lines), "utf-8-sig")
     return bs.read_labels(path, {"a": earlier, "c/d": []}, ["road", "sky"], (9, 9))
@@ -334,12 +331,9 @@ def test_loss_at_points_is_the_masked_dense_cross_entropy():
 def views():
     """Random views of an image that holds its own coordinates, with a point of each."""
     image_2HW = torch.from_numpy(np.indices((60, 80))).float()
+    image_B2HW = image_2HW.expand(40, 2, 60, 80)
     points_BN3 = torch.randint(8, 52, (40, 1, 3))
-    affine = bs.random_affine(40)
-    view, xy_BN2, class_BN = bs.augment(
-        image_2HW.expand(40, 2, 60, 80), points_BN3, *affine
-    )
-    return points_BN3, view, xy_BN2, class_BN
+    return points_BN3, *bs.augment(image_B2HW, points_BN3, *bs.random_affine(40))
 
 
 def test_a_view_shows_at_a_point_where_the_point_came_from(views):
@@ -508,37 +502,29 @@ def test_top_draws_at_random_from_the_best_part():
     assert_picked_at_random(RISING_HW, 2, 0.5, first=9)  # ten of nineteen
 
 
-WRONG_FUNCTIONS = [
-    (lambda m, generator=None: m.mean_BCHW, "mine gives shape"),
-    (lambda m, generator=None: m.mean_BCHW[:, 0] * math.nan, "mine gives .* NaN"),
-]
-
-
-@pytest.mark.parametrize("function, message", WRONG_FUNCTIONS)
-def test_a_function_of_the_wrong_shape_or_nan_is_named(function, message, monkeypatch):
+@pytest.mark.parametrize("shape, value", [((1, 2, 2), 0), ((1, 16, 20), math.nan)])
+def test_a_function_of_the_wrong_shape_or_nan_is_named(shape, value, monkeypatch):
+    function = Mock(return_value=torch.full(shape, value))
     monkeypatch.setitem(bs.ACQUISITIONS, "mine", function)
-    image_3HW = torch.zeros(3, 16, 20)
-    with pytest.raises(bs.InputError, match=message):
-        bs.score_pixels(decided_network(), "mine", image_3HW, 5, bs.stream(0))
+    with pytest.raises(bs.InputError, match="mine gives shape"):
+        bs.score_pixels(
+            decided_network(), "mine", torch.zeros(3, 16, 20), 5, bs.stream(0)
+        )
 
 
 # ---- 8. Data
-def write_folder(root):
-    """A dataset `folder` of four training and two test scenes, 48 x 64."""
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A dataset `folder`, only to be read: four training scenes, two test scenes."""
+    root = tmp_path_factory.mktemp("data")
     for seed in range(6):
         split = "train" if seed < 4 else "test"
         for part, picture in zip((split, f"{split}annot"), bs.synthetic_scene(seed)):
-            (root / part).mkdir(parents=True, exist_ok=True)
+            (root / part).mkdir(exist_ok=True)
             small = picture.resize((64, 48), Image.NEAREST)
             small.save(root / part / f"{split}{seed}.png")
     (root / "classes.txt").write_text("\n".join(bs.DATASETS["synthetic"].classes))
     return root
-
-
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """A folder that tests only read."""
-    return write_folder(tmp_path_factory.mktemp("data") / "folder")
 
 
 @pytest.fixture(scope="session")
@@ -593,7 +579,7 @@ OFFICIAL = [
         ["train", "val"],
         "leftImg8bit/{0}/a/a_{0}_leftImg8bit.png",
         "gtFine/{0}/a/a_{0}_gtFine_labelIds.png",
-        {7: 0, 8: 1, 11: 2, 26: 13, 33: 18, 0: 255, 9: 255, 29: 255},
+        {7: 0, 11: 2, 33: 18, 0: 255, 9: 255},
         "bicycle",
     ),
     (
@@ -601,7 +587,7 @@ OFFICIAL = [
         ["train", "val"],
         "JPEGImages/{}.jpg",
         "SegmentationClass/{}.png",
-        {0: 0, 1: 1, 15: 15, 20: 20, 255: 255},
+        {0: 0, 20: 20, 255: 255},
         "tvmonitor",
     ),
     (
@@ -609,7 +595,7 @@ OFFICIAL = [
         ["training", "validation"],
         "images/{0}/{0}.jpg",
         "annotations/{0}/{0}.png",
-        {1: 0, 2: 1, 13: 12, 150: 149, 0: 255},
+        {1: 0, 150: 149, 0: 255},
         "thing150",
     ),
 ]
@@ -710,23 +696,23 @@ def refusal(go, capsys):
 
 @pytest.fixture(scope="session")
 def finished(shared_folder, tmp_path_factory):
-    """The Config of a finished run, and what `run` returned."""
+    """The Config of a finished run."""
     out = tmp_path_factory.mktemp("runs")
     (config,) = bs.parse(f"{TINY} --root {shared_folder} --out {out}".split())
-    return config, bs.run(config)
+    bs.run(config)
+    return config
 
 
 @pytest.fixture
 def copied(finished):
     """The finished run is where `go` looks for it."""
-    shutil.copytree(finished[0].folder, RUN)
+    shutil.copytree(finished.folder, RUN)
 
 
-def story(folder, rounds=9):
+def story(folder):
     """The labels and the metrics of each round, but for the seconds it took."""
-    files = sorted(folder.glob("round-*/labels.csv"))
-    records = [record | {"seconds": 0} for record in bs.read_metrics(folder)]
-    return [file.read_bytes() for file in files][:rounds], records[:rounds]
+    labels = [path.read_bytes() for path in sorted(folder.rglob("labels.csv"))]
+    return labels, [record | {"seconds": 0} for record in bs.read_metrics(folder)]
 
 
 def labelled(folder, r, image):
@@ -736,48 +722,48 @@ def labelled(folder, r, image):
     return table[table[:, 0] == image, 1:].astype(int).T
 
 
+FILES = """
+config.json          metrics.csv          model.pt
+round-00/labels.csv  round-01/labels.csv  round-02/labels.csv
+round-00/panel.png   round-01/panel.png   round-02/panel.png
+"""
+
+
 def test_a_run_leaves_its_files(finished):
-    folder = finished[0].folder
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
-    expected = "config.json metrics.csv model.pt"
-    for r in range(3):
-        expected += f" round-0{r}/labels.csv round-0{r}/panel.png"
-    assert sorted(found) == expected.split()
+    files = finished.folder.rglob("*.*")
+    found = {path.relative_to(finished.folder).as_posix() for path in files}
+    assert found == set(FILES.split())
 
 
-def test_metrics_are_what_run_returns(finished):
-    config, records = finished
-    assert bs.read_metrics(config.folder) == records
-    assert [record["pixels"] for record in records] == [16, 32, 48]
-    assert [record["pixels_per_image"] for record in records] == [4, 8, 12]
+def test_metrics_are_what_run_returns(shared_folder):
+    flags = f"{TINY} --root {shared_folder} --rounds 2"
+    records = bs.run(*bs.parse(flags.split()))
+    assert bs.read_metrics(RUN) == records
+    assert [record["pixels"] for record in records] == [16, 32]
+    assert [record["pixels_per_image"] for record in records] == [4, 8]
 
 
 def test_accuracy_is_that_of_the_last_network(finished):
-    config, records = finished
-    model, _ = bs.load_model(config.folder / "model.pt")
-    _, test = bs.open_dataset("folder", Path(config.root), config.size)
+    model, _ = bs.load_model(finished.folder / "model.pt")
+    _, test = bs.open_dataset("folder", Path(finished.root), finished.size)
     image_B3HW, label_BHW = stack(test)
     hit_BHW = bs.predict(model, image_B3HW) == label_BHW
     expected = hit_BHW[label_BHW != bs.IGNORE].float().mean().item()
-    assert records[2]["pixel_accuracy"] == pytest.approx(expected, abs=1e-6)
+    *_, record = bs.read_metrics(finished.folder)
+    assert record["pixel_accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_labels_are_the_truth(finished, pool):
-    y, x, k = labelled(finished[0].folder, 2, "train3")
+    y, x, k = labelled(finished.folder, 2, "train3")
     assert k.tolist() == pool[3][2][y, x].tolist()
     assert bs.IGNORE not in k
 
 
-def test_no_pixel_is_labelled_twice(finished):
-    yx_2N = np.hstack([labelled(finished[0].folder, r, "train3")[:2] for r in range(3)])
-    assert np.unique(yx_2N, axis=1).shape == (2, 12)
-
-
 def test_a_rerun_changes_nothing(finished):
-    config, records = finished
-    before = (config.folder / "model.pt").stat().st_mtime_ns
-    assert bs.run(config) == records
-    assert (config.folder / "model.pt").stat().st_mtime_ns == before
+    path = finished.folder / "model.pt"
+    before = path.stat().st_mtime_ns
+    assert bs.run(finished) == bs.read_metrics(finished.folder)
+    assert path.stat().st_mtime_ns == before
 
 
 def scores_of_round_1(name, pool, go, top=""):
@@ -794,12 +780,12 @@ def scores_of_round_1(name, pool, go, top=""):
         seed = torch.randint(2**31, (), generator=bs.stream("picks", 1, 1, i)).item()
         moments = moments_of(thinned_passes(model, image_3HW[None] / 255, 4, seed))
         score_HW = bs.ACQUISITIONS[name](moments)[0]
+        free_HW = label_HW != bs.IGNORE
         y, x, _ = labelled(folder, 0, image)
-        label_HW = label_HW.clone()
-        label_HW[y, x] = bs.IGNORE
-        free_N = score_HW[label_HW != bs.IGNORE]
+        free_HW[y, x] = False
         y, x, _ = labelled(folder, 1, image)
-        yield score_HW[y, x].sort(descending=True)[0], free_N.sort(descending=True)[0]
+        picked_N = score_HW[y, x].sort(descending=True).values
+        yield picked_N, score_HW[free_HW].sort(descending=True).values
 
 
 @pytest.mark.parametrize("name", ["balent", "entropy"])
@@ -814,14 +800,19 @@ def test_top_draws_from_the_best_part_in_the_loop(pool, go):
         assert picked_N[3] > free_N[round(0.21 * len(free_N))]
 
 
+def test_the_panel_shows_the_next_picks(go):
+    go("--rounds 2")
+    panel_of_round_0, _ = bs.draw_panel.call_args_list
+    _, _, rows, *_ = panel_of_round_0.args
+    *_, yx_N2, _ = rows[0]
+    y, x, _ = labelled(RUN, 1, "train0")
+    assert sorted(yx_N2.tolist()) == np.stack([y, x], 1).tolist()
+
+
 def test_each_function_picks_other_pixels(go):
-    names = " ".join(bs.ACQUISITIONS)
-    go(f"--rounds 2 --acquisition {names}")
-    files = Path("runs").rglob("round-*/labels.csv")
-    one_first_round = 1
-    assert len({file.read_bytes() for file in files}) == one_first_round + len(
-        bs.ACQUISITIONS
-    )
+    go(f"--rounds 2 --acquisition {' '.join(bs.ACQUISITIONS)}")
+    labels = {path.read_bytes() for path in Path("runs").rglob("labels.csv")}
+    assert len(labels) == 1 + len(bs.ACQUISITIONS)  # round 0 is the same for all
 
 
 @pytest.mark.parametrize("moment", range(1, 8))
@@ -839,10 +830,10 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", rename)
-        assert go("--rounds 2") == 130
+        assert go() == 130
     parts[-1].write_bytes(b"half")
-    assert go("--rounds 2") == 0
-    assert story(RUN) == story(finished[0].folder, 2)
+    assert go() == 0
+    assert story(RUN) == story(finished.folder)
     assert not list(RUN.rglob(".*"))
 
 
@@ -850,7 +841,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_was(
 def test_damaged_metrics_are_made_anew(content, go, copied, finished):
     (RUN / "metrics.csv").write_bytes(content)
     assert go() == 0
-    assert story(RUN) == story(finished[0].folder)
+    assert story(RUN) == story(finished.folder)
 
 
 def test_a_corrected_label_trains_its_round_and_the_later_ones_anew(
@@ -859,7 +850,7 @@ def test_a_corrected_label_trains_its_round_and_the_later_ones_anew(
     path = RUN / "round-01/labels.csv"
     path.write_text(re.sub(r"\d\n", "2\n", path.read_text("utf-8-sig")))
     assert go() == 0
-    _, before = story(finished[0].folder)
+    _, before = story(finished.folder)
     _, after = story(RUN)
     assert after[0] == before[0]
     assert after[1]["loss"] != before[1]["loss"]
@@ -911,19 +902,19 @@ def test_streamed_frames_give_the_same_run(go, finished, monkeypatch):
     no_memory = property(lambda _: (), lambda *_: None)
     monkeypatch.setattr(bs.Frames, "held", no_memory, raising=False)
     go("--workers 3")
-    assert story(RUN) == story(finished[0].folder)
+    assert story(RUN) == story(finished.folder)
 
 
 def test_mixed_precision_trains(go, finished):
     go("--amp --rounds 1")
-    (record,) = bs.read_metrics(RUN)
-    expected = finished[1][0]["loss"]
-    assert record["loss"] != expected
-    assert record["loss"] == pytest.approx(expected, rel=0.1)
+    found = bs.read_metrics(RUN)[0]["loss"]
+    expected = bs.read_metrics(finished.folder)[0]["loss"]
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_a_model_pt_is_a_start(go, finished):
-    path = finished[0].folder / "model.pt"
+    path = finished.folder / "model.pt"
     go(f"--weights {path} --epochs 0 --rounds 1")
     expected, _ = bs.load_model(path)
     found, _ = bs.load_model(RUN / "model.pt")
@@ -931,10 +922,10 @@ def test_a_model_pt_is_a_start(go, finished):
 
 
 PRESETS = """
---dataset camvid              | cpu  | small [120, 160] 5 20 none 0.002 False
---dataset camvid              | cuda | fcn_resnet50 [360, 480] 10 50 imagenet 0.0005 True
---dataset camvid --arch small | cuda | small [120, 160] 5 20 none 0.002 True
---rounds 7                    | cuda | small [96, 128] 7 20 none 0.002 True
+--dataset camvid              | cpu  | small 120 5 20 none 0.002 False
+--dataset camvid              | cuda | fcn_resnet50 360 10 50 imagenet 0.0005 True
+--dataset camvid --arch small | cuda | small 120 5 20 none 0.002 True
+--rounds 7                    | cuda | small 96 7 20 none 0.002 True
 """
 
 
@@ -944,7 +935,7 @@ def test_settings_that_are_not_given_suit_the_machine(
 ):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda _: device)
     (c,) = bs.parse(flags.split())
-    found = f"{c.arch} {c.size} {c.rounds} {c.epochs} {c.weights} {c.lr} {c.amp}"
+    found = f"{c.arch} {c.size[0]} {c.rounds} {c.epochs} {c.weights} {c.lr} {c.amp}"
     assert found == expected
     assert c.device == device
 
@@ -992,10 +983,10 @@ mv train x                               | train/. is missing; .* holds classes.
 cp small.png trainannot/train1.png       | is .64, 20. .* expected .64, 48., as its
 cp train/train1.png trainannot           | in mode RGB; .* not a colour image
 cp fifty.png trainannot/train1.png       | train1.png has pixels of 50
-truncate -s 60 trainannot/train1.png     | train1.png cannot be read as a picture
+head -c 60 void.png > trainannot/train1.png | train1.png cannot be read as a picture
 cp void.png trainannot/train1.png        | folder-balent-seed0: train/train1 was
 cp train/train0.png train/train1.png     | folder-balent-seed0: train/train1 was
-for mask in trainannot/*; do cp void.png $mask; done | every pixel of the training labels is void
+for m in trainannot/*; do cp void.png $m; done | every pixel .* labels is void
 printf 'a'       > classes.txt           | classes.txt: .*expected 2 to 254
 printf 'a\na'    > classes.txt           | classes.txt: .*expected 2 to 254
 printf 'a\nA'    > classes.txt           | classes.txt: .*expected 2 to 254
@@ -1114,15 +1105,6 @@ def page_data():
     """What the label page is made from."""
     (data,) = re.findall(r"= (\{.*\});$", PAGE.read_text("utf-8"), re.MULTILINE)
     return json.loads(data)
-
-
-def test_the_page_holds_the_pixels_of_labels_csv(person):
-    person()
-    data = page_data()
-    rows = [f"{name},{y},{x}," for name, y, x, *_ in data["pixels"]]
-    assert data["folder"] == "folder-balent-seed0/round-00"
-    expected = (RUN / "round-00/labels.csv").read_text("utf-8-sig").split()
-    assert [HEADER, *rows] == expected
 
 
 def test_names_cannot_end_the_script_of_the_page(person, folder):
@@ -1275,7 +1257,7 @@ def test_help_tells_of_every_setting_in_words(capsys):
         bs.main(["--help"])
     text = capsys.readouterr().out
     for name in vars(bs.Config()):
-        assert re.search(rf"--{name.replace('_', '-')}\b", text)
+        assert f"--{name.replace('_', '-')}" in text
     assert "None" not in text
 
 
