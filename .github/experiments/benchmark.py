@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.benchmark
 import torchvision
-from runs import bs, make_parser
+from _runs import bs, make_parser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAMVID = (360, 480, 11)

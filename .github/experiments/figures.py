@@ -9,8 +9,8 @@ picks.png: the picks' distance and how many lie at boundaries, of picks.csv.
 from pathlib import Path
 
 import numpy as np
+from _runs import make_parser, read_rows
 from matplotlib.figure import Figure
-from runs import make_parser, read_rows
 
 HERE = Path(__file__).parent
 # of results.csv: the regime, its variant, which seeds, and the title of its picture

@@ -10,7 +10,7 @@ pixels of the image.
 from pathlib import Path
 
 import numpy as np
-from runs import make_parser, read_picks, read_settings
+from _runs import make_parser, read_picks, read_settings
 
 
 def main():

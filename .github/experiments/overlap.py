@@ -9,7 +9,7 @@ share of the best ten pixels and of the best 5 %, for three functions.
 from pathlib import Path
 
 import torch
-from runs import bs, make_parser, read_frames
+from _runs import bs, make_parser, read_frames
 
 FUNCTIONS = ("balent", "margin", "mean_std")
 

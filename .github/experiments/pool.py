@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from runs import bs, read_frames, read_picks
+from _runs import bs, read_frames, read_picks
 
 
 def score_pool(config, frames, r):

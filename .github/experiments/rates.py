@@ -10,7 +10,7 @@ it prints, for the picks of each round, on which share of the pixels BalEnt was 
 import sys
 
 import lite0  # noqa: F401, adds --arch lite0
-from runs import bs, make_parser
+from _runs import bs, make_parser
 
 
 def draw_at(rate, shares):

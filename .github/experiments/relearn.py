@@ -9,7 +9,7 @@ import csv
 from dataclasses import fields
 from pathlib import Path
 
-from runs import bs, make_parser, read_rows, read_settings
+from _runs import bs, make_parser, read_rows, read_settings
 
 
 def main():

@@ -12,7 +12,7 @@ import shutil
 from itertools import groupby
 from pathlib import Path
 
-from runs import bs, make_parser
+from _runs import bs, make_parser
 
 
 def sequence(path):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from runs import bs, make_parser
+from _runs import bs, make_parser
 
 
 def read_runs(folders):

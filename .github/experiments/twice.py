@@ -9,8 +9,8 @@ its last network; and on which share of the pixels BalEnt is below 0.
 from pathlib import Path
 
 import torch
+from _runs import bs, make_parser, read_frames
 from h_twice import h_twice
-from runs import bs, make_parser, read_frames
 
 
 def compare(moments):

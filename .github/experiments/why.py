@@ -11,7 +11,7 @@ function. The first line is that of all pixels.
 from pathlib import Path
 
 import numpy as np
-from runs import bs, make_parser, read_frames, read_picks, read_rows
+from _runs import bs, make_parser, read_frames, read_picks, read_rows
 
 
 def near_boundary(label_HW):
