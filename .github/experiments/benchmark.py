@@ -6,7 +6,6 @@ python .github/experiments/benchmark.py    from the repository's folder; minutes
 import multiprocessing
 import os
 import re
-import sys
 from pathlib import Path
 
 import mpmath
@@ -15,9 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.benchmark
 import torchvision
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import balent_seg as bs
+from _runs import bs, make_parser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAMVID = (360, 480, 11)
@@ -162,6 +159,7 @@ def print_step(H, W, C):
 
 
 def main():
+    make_parser(__doc__).parse_args()
     torch.set_num_threads(os.cpu_count())
     print_accuracy()
     for shape in (CAMVID, ADE20K):

@@ -2,17 +2,16 @@
 
 python .github/experiments/table.py runs/camvid-*
 
-The area is the mean height of the curve, by trapezoids. Against BalEnt runs are compared
-seed by seed: the mean difference, and its standard error.
+The area is the mean height of the curve, by trapezoids. "BalEnt minus it" is the mean of
+the differences in area of the seeds, its standard error in brackets, and the differences
+of each seed; "at last" is the same after the last round.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import balent_seg as bs
+from _runs import bs, make_parser
 
 
 def read_runs(folders):
@@ -49,9 +48,9 @@ def lead(balent, other, column):
 
 
 def main():
-    runs = read_runs([Path(name) for name in sys.argv[1:]])
-    if not runs:
-        sys.exit(__doc__)
+    parser = make_parser(__doc__)
+    parser.add_argument("run", type=Path, nargs="+", help="folder of a run")
+    runs = read_runs(parser.parse_args().run)
     rounds = (
         max(len(values) for seeds in runs.values() for values in seeds.values()) - 1
     )
@@ -59,7 +58,7 @@ def main():
         "mIoU by round",
         *map(str, range(rounds)),
         "area",
-        "BalEnt less it",
+        "BalEnt minus it",
         "at last",
     ]
     print("|", " | ".join(head), "|")
