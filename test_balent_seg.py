@@ -737,6 +737,7 @@ def test_a_run_leaves_its_files(finished):
     files = finished.folder.rglob("*.*")
     found = {path.relative_to(finished.folder).as_posix() for path in files}
     assert found == set(FILES.split())
+    assert (finished.folder.parent / "folder.png").exists()
 
 
 def test_metrics_are_what_run_returns(shared_folder):
@@ -839,9 +840,7 @@ def test_metrics_that_lack_a_round_are_made_anew(go, copied, finished):
     assert story(RUN) == story(finished.folder)
 
 
-def test_a_corrected_label_trains_its_round_and_the_later_ones_anew(
-    go, copied, finished
-):
+def test_a_corrected_label_trains_anew_from_its_round_on(go, copied, finished):
     path = RUN / "round-01/labels.csv"
     path.write_text(re.sub(r"\d\n", "2\n", path.read_text("utf-8-sig")))
     assert go() == 0
@@ -1071,7 +1070,7 @@ def test_masks_are_the_predictions_in_the_size_of_the_photographs(answered, fold
     assert np.array_equal(mask, np.kron(pred_HW, np.ones((2, 2))))
 
 
-def test_a_person_may_train_otherwise_and_keeps_the_labels(answered):
+def test_labels_stay_when_a_person_trains_otherwise(answered):
     labels, (before,) = story(RUN)
     assert answered("--epochs 2 --lr 0.01") == 0
     assert story(RUN)[0] == labels
