@@ -746,6 +746,7 @@ def test_metrics_are_what_run_returns(shared_folder):
     assert bs.read_metrics(RUN) == records
     assert [record["pixels"] for record in records] == [16, 32]
     assert [record["pixels_per_image"] for record in records] == [4, 8]
+    assert records[0]["seconds"] < 60
 
 
 def test_accuracy_is_that_of_the_last_network(finished):
