@@ -1400,7 +1400,7 @@ PAGE = r"""<!doctype html><html lang="en"><title>Label pixels</title>
   rect { fill: none; stroke: #000; stroke-width: 5; vector-effect: non-scaling-stroke; }
   rect + rect { stroke: #ff0; stroke-width: 2; }
   button, input { font: inherit; padding: 4px 10px; border: 1px solid #888; }
-  .answer { outline: 3px solid Highlight; }
+  .answer { color: HighlightText; background: Highlight; }
   #text { flex: 1; min-width: 50%; overflow-wrap: anywhere; }
   #list { max-height: 30dvh; overflow: auto; }
   #crop { image-rendering: pixelated; }
