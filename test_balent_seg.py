@@ -433,7 +433,7 @@ def points_N3(pool):
 def test_training_lowers_the_loss_on_its_points(pool, points_N3):
     _, first = learn(pool[0], points_N3, steps=1)
     _, last = learn(pool[0], points_N3)
-    assert first == pytest.approx(math.log(8), abs=1)
+    assert first < 4  # nats a point; ln 8 is about 2
     assert last < first / 2
 
 
@@ -895,8 +895,7 @@ def test_full_supervision_counts_every_pixel(go, pool):
 
 
 def test_streamed_frames_give_the_same_run(go, finished, monkeypatch):
-    no_memory = property(lambda _: (), lambda *_: None)
-    monkeypatch.setattr(bs.Frames, "held", no_memory, raising=False)
+    monkeypatch.setattr(math, "prod", Mock(return_value=1e9))  # pixels an image
     go("--workers 3")
     assert story(RUN) == story(finished.folder)
 
@@ -909,12 +908,14 @@ def test_mixed_precision_trains(go, finished):
     assert found == pytest.approx(expected, rel=0.1)
 
 
-def test_a_model_pt_is_a_start(go, finished):
+def test_a_model_pt_is_a_start(go, finished, monkeypatch):
+    monkeypatch.setattr(bs, "make_optimizer", Mock(wraps=bs.make_optimizer))
     path = finished.folder / "model.pt"
     go(f"--weights {path} --epochs 0 --rounds 1")
     expected, _ = bs.load_model(path)
     found, _ = bs.load_model(RUN / "model.pt")
     assert torch.equal(found.classify.weight, expected.classify.weight)
+    assert bs.make_optimizer.call_args.args[2]  # pretrained
 
 
 PRESETS = """
@@ -1211,13 +1212,14 @@ def test_a_step_of_two_processes_is_that_of_one(shared_folder):
     """Without dropout, views and BatchNorm, all that is left is the gradient."""
     Path("step.py").write_text(STEP)
     flags = "--arch plain --dropout 0 --weights none --rounds 1"
-    outputs = []
+    saved = []
     for command in (PYTHON, f"{TORCHRUN} 2"):
-        out = f"out{len(outputs)}"
+        out = f"out{len(saved)}"
         shell(f"{command} step.py {TINY} --root {shared_folder} --out {out} {flags}")
-        saved = torch.load(f"{out}/folder-balent-seed0/model.pt")
-        outputs.append(saved["state_dict"]["classify.weight"])
-    assert torch.allclose(*outputs, atol=1e-6)
+        saved.append(torch.load(f"{out}/folder-balent-seed0/model.pt"))
+    weights = [model["state_dict"]["classify.weight"] for model in saved]
+    assert torch.allclose(*weights, atol=1e-6)
+    assert saved[1]["loss"] == pytest.approx(saved[0]["loss"])
 
 
 def test_the_first_command_runs_where_only_the_file_is():
