@@ -2,9 +2,10 @@
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import balent_seg as bs
@@ -21,7 +22,7 @@ def make_parser(text):
 
 def read_settings(folder):
     """The settings of a run, a dict."""
-    return json.loads((folder / "config.json").read_text())
+    return torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
 
 
 def read_rows(path):
