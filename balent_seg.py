@@ -81,11 +81,11 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.hub import tqdm  # or a stub of it, where tqdm is not installed
-from torch.utils.data import default_collate
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255  # the class of void pixels and padding: never picked, learned or evaluated
+UNKNOWN = 254  # the class of pixels whose labels a person has yet to give
 
 
 class InputError(ValueError):
@@ -246,22 +246,19 @@ def _small(weights):
         raise InputError("small has no ImageNet weights: use --weights none or a file")
     conv = torchvision.ops.Conv2dNormActivation
     block = torchvision.models.resnet.Bottleneck
-    stem = [conv(3, 24, stride=2), conv(24, 192, stride=2)]
-    blocks = [block(192, 48, dilation=rate) for rate in (1, 2, 4, 8)]
-    return nn.Sequential(*stem, *blocks), nn.Identity(), 192
+    layers = [conv(3, 24, stride=2), conv(24, 192, stride=2)]
+    layers += [block(192, 48, dilation=rate) for rate in (1, 2, 4, 8)]
+    return nn.Sequential(*layers), nn.Identity(), 192
 
 
 def _torchvision(arch, weights):
     """The network `arch` of torchvision, without its last layer and its dropouts."""
+    start = "IMAGENET1K_V1" if weights == "imagenet" else None
     with blame(
         f"ImageNet weights for {arch} cannot be loaded: connect to the internet, delete "
         f"what is damaged in {torch.hub.get_dir()}/checkpoints, or use --weights none"
     ):
-        model = torchvision.models.get_model(
-            arch,
-            weights=None,
-            weights_backbone="IMAGENET1K_V1" if weights == "imagenet" else None,
-        )
+        model = torchvision.models.get_model(arch, weights_backbone=start)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the only dropout is the one of MCDropoutFCN
@@ -326,9 +323,10 @@ class MCDropoutFCN(nn.Module):
         chance_TD = torch.rand(samples, feature_BDhw.shape[1], generator=generator)
         keep_TD = (chance_TD >= self.dropout.p).to(feature_BDhw) / (1 - self.dropout.p)
         size = x_B3HW.shape[-2:]
-        shape = (len(x_B3HW), self.classify.out_channels, *size)
-        mean_BCHW = feature_BDhw.new_zeros(shape)
-        square_BCHW = feature_BDhw.new_zeros(shape)  # sum of the squared deviations
+        mean_BCHW = feature_BDhw.new_zeros(
+            len(x_B3HW), self.classify.out_channels, *size
+        )
+        square_BCHW = mean_BCHW.clone()  # sum of the squared deviations
         cond_entropy_BHW = 0.0
         for t, keep_D in enumerate(keep_TD, 1):
             weight_CD11 = self.classify.weight * keep_D[:, None, None]
@@ -348,15 +346,18 @@ class MCDropoutFCN(nn.Module):
 def load_model(path):
     """The network of a model.pt in eval mode, and a dict: classes, arch, round ..."""
     with blame(f"{path}: expected the model.pt of a run, with an arch of ARCHS"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state = saved.pop("state_dict")
-        C = len(saved["classes"])
-        model = MCDropoutFCN(C, saved["arch"], saved["dropout"], "none")
-        model.load_state_dict(state)
+        saved = torch.load(path, map_location="cpu")
+        model = MCDropoutFCN(
+            len(saved["classes"]), saved["arch"], saved["dropout"], "none"
+        )
+        model.load_state_dict(saved.pop("state_dict"))
     return model.eval(), saved
 
 
 # ---- 4. Labels: {image: {(y, x): class}}, and the CSV that records them
+HEADER = ["image", "y", "x", "label"]
+
+
 def number(text):
     """A number of 48 bits that stands for a text."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
@@ -380,41 +381,38 @@ def add_labels(labels, path, classes, size):
     """
     numbers = {"": None, "void": IGNORE}
     for k, name in enumerate(classes):
-        numbers[str(k)] = k
-        numbers[name.casefold()] = k
+        numbers[str(k)] = numbers[name.casefold()] = k
     H, W = size
-    lines = csv.reader(io.StringIO(read_text(path)))
-    if next(lines, []) != ["image", "y", "x", "label"]:
+    with blame(f"{path} cannot be read: expected a table in UTF-8"):
+        header, *lines = csv.reader(io.StringIO(path.read_text("utf-8-sig")))
+    if header != HEADER:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
     rows = []
-    for cells in filter(None, lines):  # blank lines are no rows
-        line = f"{path}:{lines.line_num}: {','.join(cells):.80}"
-        if len(cells) != 4 or cells[0] not in labels:
-            raise InputError(f"{line}: expected the name of a training image,y,x,label")
-        name, y, x, label = cells
-        if not y.isdecimal() or int(y) >= H or not x.isdecimal() or int(x) >= W:
-            raise InputError(
-                f"{line}: expected y from 0 to {H - 1}, x from 0 to {W - 1}"
-            )
-        label = label.strip().casefold()
-        if label not in numbers:
-            known = f"{', '.join(classes)}, a number below {len(classes)} or void"
-            raise InputError(f"{line}: expected as label {known}")
-        pixel = (int(y), int(x))
-        if pixel in labels[name]:
+    for line_number, cells in enumerate(lines, 2):
+        line = f"{path}:{line_number}: {','.join(cells):.80}"
+        if not cells:
+            continue  # a blank line
+        with blame(f"{line}: expected the name of a training image,y,x,label"):
+            name, y, x, label = cells
+            given = labels[name]
+        with blame(f"{line}: expected y from 0 to {H - 1}, x from 0 to {W - 1}"):
+            pixel = (range(H).index(int(y)), range(W).index(int(x)))
+        with blame(
+            f"{line}: expected as label {', '.join(classes)}, a number below "
+            f"{len(classes)} or void"
+        ):
+            k = numbers[label.strip().casefold()]
+        if pixel in given:
             raise InputError(f"{line}: the pixel has a row already: take one out")
-        labels[name][pixel] = numbers[label]
-        rows.append([name, *pixel, numbers[label]])
+        given[pixel] = k
+        rows.append([name, *pixel, k])
     return rows
 
 
-def to_points(labels):
-    """points_N3 of each image, by its name."""
-    points = {}
-    for name, pixels in labels.items():
-        rows = [(y, x, k) for (y, x), k in pixels.items()]
-        points[name] = torch.LongTensor(rows).reshape(-1, 3)
-    return points
+def to_points(pixels):
+    """points_N3 of the labels {(y, x): class} of an image."""
+    rows = [(y, x, k) for (y, x), k in pixels.items()]
+    return torch.LongTensor(rows).reshape(-1, 3)
 
 
 def points_at(label_HW):
@@ -439,8 +437,6 @@ def random_affine(count):
 def augment(image_B3HW, points_BN3, scale_B2, shift_B2):
     """view_B3HW, xy_BN2 (-1 to 1) and class_BN of the points; IGNORE: out of view."""
     H, W = image_B3HW.shape[-2:]
-    scale_B2 = scale_B2.to(image_B3HW)
-    shift_B2 = shift_B2.to(image_B3HW)
     theta_B23 = torch.cat([scale_B2.diag_embed(), shift_B2[:, :, None]], 2)
     grid_BHW2 = F.affine_grid(theta_B23, image_B3HW.shape, align_corners=False)
     view_B3HW = F.grid_sample(
@@ -469,10 +465,9 @@ def point_loss(logits_BChw, xy_BN2, class_BN):
 
 def make_optimizer(model, lr, pretrained):
     """AdamW; a pretrained backbone learns at a tenth of `lr`."""
+    rate = lr / 10 if pretrained else lr
+    backbone = {"params": model.backbone.parameters(), "lr": rate}
     head = [*model.neck.parameters(), *model.classify.parameters()]
-    backbone = {"params": model.backbone.parameters(), "lr": lr}
-    if pretrained:
-        backbone["lr"] = lr / 10
     return torch.optim.AdamW([backbone, {"params": head}], lr)
 
 
@@ -484,12 +479,13 @@ def train(model, batches, optimizer, steps):
     model.train()
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     device = next(model.parameters()).device
-    losses = [torch.tensor(math.nan)]
+    losses = [math.nan]
     for image_B3HW, points_BN3 in batches:
-        image_B3HW = image_B3HW.to(device).float() / 255
-        points_BN3 = points_BN3.to(device)
-        affine = random_affine(len(image_B3HW))
-        view_B3HW, xy_BN2, class_BN = augment(image_B3HW, points_BN3, *affine)
+        image_B3HW = image_B3HW.to(device) / 255
+        affine = [part.to(device) for part in random_affine(len(image_B3HW))]
+        view_B3HW, xy_BN2, class_BN = augment(
+            image_B3HW, points_BN3.to(device), *affine
+        )
         loss, count = point_loss(model(view_B3HW, upsample=False), xy_BN2, class_BN)
         if WORLD > 1:
             dist.all_reduce(count)
@@ -501,14 +497,14 @@ def train(model, batches, optimizer, steps):
         schedule.step()
         losses.append(loss.detach())
     last = max(1, steps // 10)
-    return torch.stack(losses[-last:]).mean().item()
+    return float(sum(losses[-last:]) / last)
 
 
 # ---- 6. Evaluation: confusion matrix and intersection over union
-def confusion_matrix(pred_BHW, truth_BHW, C):
+def confusion_matrix(pred_HW, truth_HW, C):
     """Counts (C, C): row true class, column predicted class; void does not count."""
-    seen_BHW = truth_BHW != IGNORE
-    pair_N = truth_BHW[seen_BHW].long() * C + pred_BHW[seen_BHW]
+    seen_HW = truth_HW < C  # neither void nor unknown
+    pair_N = truth_HW[seen_HW].long() * C + pred_HW[seen_HW]
     return torch.bincount(pair_N, minlength=C**2).reshape(C, C)
 
 
@@ -522,26 +518,28 @@ def iou_per_class(confusion_CC):
 
 
 @torch.no_grad()
-def predict(model, image_B3HW):
-    """class_BHW on the CPU, the most probable class at each pixel of uint8 images."""
-    logits_BCHW = model.eval()(image_B3HW.float() / 255)
-    if not logits_BCHW.isfinite().all():
+def predict(model, image_3HW):
+    """class_HW on the CPU, the most probable class at each pixel of an image in uint8."""
+    logits_1CHW = model.eval()(image_3HW[None] / 255)
+    if not logits_1CHW.isfinite().all():
         raise InputError("the network diverged, its logits are not finite: lower --lr")
-    return logits_BCHW.argmax(1).cpu()
+    return logits_1CHW[0].argmax(0).cpu()
 
 
 # ---- 7. Acquisition: score the pixels of an image, and pick the best
 def score_pixels(model, acquisition, image_3HW, samples, generator):
     """score_HW on the CPU of an image in uint8, by a name of ACQUISITIONS."""
-    moments = Moments(None, None, torch.zeros(1, *image_3HW.shape[1:]))
+    shape = (1, *image_3HW.shape[1:])
+    moments = Moments(None, None, torch.zeros(shape))
     if acquisition != "random":  # which looks at a shape alone, so needs no network
-        x_13HW = image_3HW[None].float() / 255  # CHOICE 7
         seed = torch.randint(2**31, (), generator=generator).item()
-        moments = model.mc_moments(x_13HW, samples, seed)
+        moments = model.mc_moments(image_3HW[None] / 255, samples, seed)  # CHOICE 7
     score_BHW = ACQUISITIONS[acquisition](moments, generator).cpu()
-    if score_BHW.shape != (1, *image_3HW.shape[1:]) or score_BHW.isnan().any():
-        found = f"shape {score_BHW.shape} with {score_BHW.isnan().sum()} NaN"
-        raise InputError(f"{acquisition} gives {found}; expected (B, H, W) without NaN")
+    if score_BHW.shape != shape or score_BHW.isnan().any():
+        raise InputError(
+            f"{acquisition} gives shape {score_BHW.shape} with "
+            f"{score_BHW.isnan().sum()} NaN; expected (B, H, W) without NaN"
+        )
     return score_BHW[0]
 
 
@@ -552,8 +550,8 @@ def pick_pixels(score_HW, free_HW, count, top=0.0, generator=None):
     """
     free_N2 = free_HW.nonzero()
     free_N2 = free_N2[torch.randperm(len(free_N2), generator=generator)]
-    score_N = score_HW[free_N2[:, 0], free_N2[:, 1]]
-    best_N = score_N.argsort(descending=True, stable=True)
+    y_N, x_N = free_N2.T
+    best_N = score_HW[y_N, x_N].argsort(descending=True, stable=True)
     if top > 0:
         best_N = best_N[: max(count, round(top * len(best_N)))]
         best_N = best_N[torch.randperm(len(best_N), generator=generator)]
@@ -568,20 +566,22 @@ class Dataset(NamedTuple):
     folder: str  # where it lies, below --root
     classes: str = ""  # their names; else a file lists them
     classes_file: str = "classes.txt"
+    class_line: str = r"^[ \t]*([^#\s].*?)[ \t]*$"  # a line of it that has a name
     images: str = "{}/*"
     labels: str = "{}annot/*"
     listed: str = ""  # the file that lists the frames of a split; else all count
     splits: tuple = ("train", "test")
     ids: list = range(IGNORE)  # of the classes; other ids up to the last + 1 are void
-    colours: str = ""  # of the classes, in hex; random where it ends
+    # of the classes, in hex: by default those of VOC2012; random where they end
+    colours: str = (
+        "000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000"
+        "c08000 400080 c00080 408080 c08080 004000 804000 00c000 80c000 004080"
+    )
     urls: list = ()  # archives that hold the folder, tried in turn
-    md5: str | None = None  # of the archive
+    md5: str = None  # of the archive
     advice: str = "check --root, or put it there yourself"
 
 
-CITYSCAPES = [
-    row for row in torchvision.datasets.Cityscapes.classes if not row.ignore_in_eval
-]
 DATASETS = {
     "synthetic": Dataset(
         (288, 384),
@@ -601,12 +601,15 @@ DATASETS = {
     "cityscapes": Dataset(
         (256, 512),
         "cityscapes",
-        classes=", ".join(row.name for row in CITYSCAPES),
+        classes="road, sidewalk, building, wall, fence, pole, traffic light, "
+        "traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, "
+        "train, motorcycle, bicycle",
         images="leftImg8bit/{}/*_leftImg8bit",
         labels="gtFine/{}/*_gtFine_labelIds",
         splits=("train", "val"),
-        ids=[row.id for row in CITYSCAPES],
-        colours="".join(bytes(row.color).hex() for row in CITYSCAPES),
+        ids=[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33],
+        colours="804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98"
+        "4682b4 dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20",
         advice="log in at https://www.cityscapes-dataset.com, and unpack leftImg8bit "
         "and gtFine there",
     ),
@@ -620,8 +623,6 @@ DATASETS = {
         labels="SegmentationClass/*",
         listed="ImageSets/Segmentation/{}.txt",
         splits=("train", "val"),
-        colours="000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000"
-        "408000 c08000 400080 c00080 408080 c08080 004000 804000 00c000 80c000 004080",
         urls=[
             "http://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
@@ -632,6 +633,7 @@ DATASETS = {
         (512, 512),
         "ADEChallengeData2016",
         classes_file="objectInfo150.txt",
+        class_line=r"^\d.*\t([^,\n]*)",  # the first name of the last column
         images="images/{}/*",
         labels="annotations/{}/*",
         splits=("training", "validation"),
@@ -650,7 +652,7 @@ def fetch(row, folder):
         raise InputError(problem)
     for url in row.urls:
         say(f"{folder} does not exist: fetching {url}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder.parent, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             try:
                 download_and_extract_archive(url, temporary, md5=row.md5)
@@ -667,9 +669,9 @@ def draw_scenes(folder):
         for seed in range(96):
             split = "train" if seed < 64 else "test"
             image, label = synthetic_scene(seed)
-            with replacing(part / split / f"{seed:03d}.jpg") as file:
+            with replacing(part / f"{split}/{seed:03d}.jpg") as file:
                 image.save(file)
-            with replacing(part / f"{split}annot" / f"{seed:03d}.png") as file:
+            with replacing(part / f"{split}annot/{seed:03d}.png") as file:
                 label.save(file)
 
 
@@ -701,8 +703,9 @@ class Frames:
 
     classes: list
     colours: np.ndarray  # RGB (256, 3) of the classes and of void
-    paths: dict  # name -> (image, label); label None: a person labels the image
-    class_of: np.ndarray  # id 0..255 in a label file -> class, IGNORE or -1: an error
+    paths: dict  # name -> (image, mask); mask None: its classes are unknown
+    class_of: np.ndarray  # id 0..255 in a mask -> class, IGNORE or UNKNOWN: an error
+    palettes: dict  # of the indexed masks so far: palette -> a mask that has it
     size: tuple
     held: list = ()  # all frames, if they stay in memory
 
@@ -713,84 +716,95 @@ class Frames:
         if self.held:
             return self.held[i]
         H, W = self.size
-        name, (image_path, label_path) = list(self.paths.items())[i]
-        image = open_photo(image_path)
-        if label_path is None:  # then all of it has the id of class 0
-            label = Image.new("L", image.size, self.class_of.tolist().index(0))
-        else:
-            label = open_picture(label_path, ("1", "L", "P"))
-        if label.size != image.size:
-            found = f"{label_path} is {label.size}"
-            raise InputError(
-                f"{found}; expected {image.size}, as its upright photograph"
-            )
-        image.thumbnail((W, H), Image.BILINEAR)
-        label.thumbnail((W, H), Image.NEAREST)
-        id_hw = np.array(label, np.uint8)
-        class_hw = self.class_of[id_hw]
-        if class_hw.min() < 0:
-            wrong = id_hw[class_hw < 0][0]
-            raise InputError(f"{label_path} has pixels of {wrong}, which is no class")
+        name = list(self.paths)[i]
+        _, mask_path = self.paths[name]
+        photo, image = self.photo(name)
+        label = Image.new("L", photo.size, UNKNOWN)
+        if mask_path:
+            label = self.open_mask(mask_path, photo.size)
+        label = label.resize(image.size, Image.NEAREST)
         rest = (0, W - image.width, 0, H - image.height)
         image_3HW = F.pad(pil_to_tensor(image), rest, value=114)
-        label_HW = F.pad(torch.from_numpy(class_hw).byte(), rest, value=IGNORE)
-        return name, image_3HW, label_HW
+        label_1HW = F.pad(pil_to_tensor(label), rest, value=IGNORE)
+        return name, image_3HW, label_1HW[0]
+
+    def photo(self, name):
+        """A photograph in RGB, upright, and the same in the working size."""
+        photo = open_picture(self.paths[name][0])
+        if photo.mode.startswith(("I", "F")):
+            raise InputError(f"{name} has the mode {photo.mode}: over 8 bits a channel")
+        photo = ImageOps.exif_transpose(photo).convert("RGB")
+        image = photo.copy()
+        image.thumbnail(self.size[::-1], Image.BILINEAR)  # width first
+        return photo, image
+
+    def open_mask(self, path, size):
+        """The classes of a mask, as an image of one channel."""
+        mask = open_picture(path)
+        if mask.mode not in ("1", "L", "P"):
+            raise InputError(
+                f"{path} has the mode {mask.mode}; expected one number a pixel, 8 bits"
+            )
+        if mask.size != size:
+            raise InputError(
+                f"{path} is {mask.size}; expected {size}, as its upright photograph"
+            )
+        if mask.mode == "P":
+            self.palettes[bytes(mask.getpalette())] = str(path)
+        if len(self.palettes) > 1:
+            raise InputError(
+                f"{' and '.join(self.palettes.values())} have different "
+                "palettes, so their numbers mean different classes: give them one"
+            )
+        id_HW = np.array(mask, np.uint8)
+        class_HW = self.class_of[id_HW]
+        if UNKNOWN in class_HW:
+            raise InputError(
+                f"{path} has pixels of {id_HW[class_HW == UNKNOWN][0]}, which is no "
+                "class"
+            )
+        return Image.fromarray(class_HW)
 
 
-def open_picture(path, modes):
-    """A picture as it is stored, if its mode is one of these."""
+def open_picture(path):
+    """A picture as it is stored."""
     if not path.exists():
         raise missing(path)
     with blame(f"{path} cannot be read as a picture"):
         image = Image.open(path)
         image.load()
-    if image.mode not in modes:
-        raise InputError(
-            f"{path} has the mode {image.mode}; expected {' or '.join(modes)}: 8 bits a "
-            "channel, and in a mask one number per pixel instead of colours"
-        )
     return image
 
 
-def open_photo(path):
-    """A photograph in RGB, upright."""
-    image = open_picture(path, ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK"))
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def read_classes(path):
-    """The names in a file: the last column of its lines, `#` starts a comment."""
-    classes = []
-    for line in read_text(path).splitlines():
-        name = line.split("\t")[-1].strip()
-        if "\t" in line:  # ADE20K's table: a header, and synonyms after a comma
-            name = name.split(",")[0]
-        if name and not line.strip().startswith(("#", "Idx\t")):
-            classes.append(name)
+def read_classes(path, class_line):
+    """The names of the classes in a file, of all lines that match."""
+    classes = re.findall(class_line, read_text(path), re.MULTILINE)
     names = {name.casefold() for name in classes}
-    odd = [name for name in names if "," in name or name.isdecimal() or name == "void"]
-    if odd or not 1 < len(classes) == len(names) < IGNORE:
-        found = (
-            f"{path}: {len(classes)} names, {len(names)} different, not names: {odd}"
+    odd = [name for name in names if re.fullmatch(r"\d+|void|.*[,\t].*", name)]
+    if odd or len(names) < len(classes) or len(names) not in range(2, IGNORE):
+        raise InputError(
+            f"{path}: {len(classes)} names, {len(names)} different, not names: {odd}; "
+            "expected 2 to 254 different names, one a line"
         )
-        raise InputError(f"{found}; expected 2 to 254 different names, one a line")
     return classes
 
 
-def list_frames(row, root, split):
-    """{name: (image, label)} of a split; whether they all exist is not checked."""
-    folder, end = row.images.format(split).split("*")
-    folder = root / folder
-    pattern = f"{root / row.labels.format(split)}.png"
+def list_frames(row, root, split, asking):
+    """{name: (image, mask)} of a split; whether they all exist is not checked."""
+    folder, end = f"{root}/{row.images.format(split)}".rsplit("*", 1)
+    pattern = row.labels.format(split)
     paths = {}
     others = []
-    for file in sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)):
-        stem, suffix = os.path.splitext(file)
-        name = Path(stem).as_posix().removesuffix(end)
-        if suffix.lower() not in Image.registered_extensions() or name in paths:
+    for found in sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)):
+        file = Path(found)
+        name = file.with_suffix("").as_posix().removesuffix(end)
+        if file.suffix.lower() not in Image.registered_extensions() or name in paths:
             others.append(file)
-        else:
-            paths[name] = (folder / file, Path(pattern.replace("*", name)))
+            continue
+        mask = root / f"{pattern.replace('*', name)}.png"
+        if asking and (split == row.splits[0] or not mask.exists()):
+            mask = None
+        paths[name] = (Path(folder, file), mask)
     if others:
         say(
             f"{folder}: {len(others)} files are no pictures, or have the name of one: "
@@ -798,17 +812,15 @@ def list_frames(row, root, split):
         )
     if row.listed:
         names = read_text(root / row.listed.format(split)).split()
-        paths = {name: paths.get(name, (folder / name, folder)) for name in names}
+        paths = {name: paths.get(name, (Path(folder, name), None)) for name in names}
     return paths
 
 
 def missing(path):
     """The error that a file does not exist, with the names of some that do."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    names = sorted(os.listdir(folder))[:5]
-    return InputError(f"{path} is missing; {folder} holds {', '.join(names)} ...")
+    folder = next(filter(Path.exists, path.parents))
+    names = sorted(os.listdir(folder))
+    return InputError(f"{path} is missing; {folder} holds {names[:5]} ...")
 
 
 def open_dataset(name, root, size, asking=False):
@@ -816,27 +828,26 @@ def open_dataset(name, root, size, asking=False):
     row = DATASETS[name]
     classes = row.classes.split(", ")
     if not row.classes:
-        classes = read_classes(root / row.classes_file)
+        classes = read_classes(root / row.classes_file, row.class_line)
     ids = list(row.ids)[: len(classes)]
-    class_of = np.full(256, -1, np.int16)
+    class_of = np.full(256, UNKNOWN, np.uint8)
     class_of[[*range(ids[-1] + 2), 255]] = IGNORE
     class_of[ids] = range(len(ids))
+    palettes = {}
     splits = []
     for split in row.splits:
-        paths = list_frames(row, root, split)
-        if asking and split == row.splits[0]:
-            paths = {name: (image, None) for name, (image, _) in paths.items()}
-        elif asking:  # what has no label is not tested
-            paths = {name: pair for name, pair in paths.items() if pair[1].exists()}
+        paths = list_frames(row, root, split, asking)
         if not paths and not (asking and splits):
             raise missing(root / row.images.format(split))
-        splits.append(Frames(classes, palette(row.colours), paths, class_of, size))
+        splits.append(
+            Frames(classes, palette(row.colours), paths, class_of, palettes, size)
+        )
     return splits
 
 
 # ---- 9. Experiment: settings, rounds, and the files of a run
 # Settings that may change as a run goes on
-FREE = {"rounds", "root", "workers", "device", "out", "versions"}
+FREE = {"rounds", "root", "workers", "device", "out", "run"}
 # Settings that a person may change, whose labels are then learned anew
 TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr", "amp"}
 # Settings in which the runs of one figure may differ
@@ -850,7 +861,7 @@ class Config:
     dataset: str = "synthetic"  # what to learn from (default: synthetic)
     root: str = "data"  # folder that holds CamVid/ ..., or the folder dataset itself
     size: list = None  # height width (default: the dataset's, a third of it with small)
-    workers: int = min(8, os.cpu_count())  # threads that read (default: one a core)
+    workers: int = 8  # threads that read images (default: 8)
     acquisition: str = "balent"  # how to pick; several run in turn (default: balent)
     pixels: int = 10  # labels per image and round (default: 10)
     mc_samples: int = 50  # draws of the weights (default: 50)
@@ -877,13 +888,13 @@ class Config:
             modest = self.device == "cpu" or self.dataset == "synthetic"
             self.arch = "small" if modest else "fcn_resnet50"
         small = self.arch == "small"  # what a CPU can do; else as in PixelPick
-        H, W = DATASETS[self.dataset].size
+        scale = 3 if small else 1
         default = {
             "rounds": 5 if small else 10,
             "epochs": 20 if small else 50,
             "lr": 2e-3 if small else 5e-4,
             "weights": "none" if small else "imagenet",
-            "size": [H // 3, W // 3] if small else [H, W],
+            "size": [side // scale for side in DATASETS[self.dataset].size],
             "amp": self.device == "cuda",
         }
         for name, value in default.items():
@@ -896,14 +907,20 @@ class Config:
 
     def check(self, best):
         """Refuse what is out of range or does not go together."""
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            least = int(setting.type is int and setting.name not in ("epochs", "seed"))
-            below = {int: 2**63, float: 1}.get(setting.type)
-            if below and not least <= value < below:
-                expected = f"expected from {least} to below {below}"
-                flag = setting.name.replace("_", "-")
-                raise InputError(f"--{flag}: {value}: {expected}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not 0 <= value < 1:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: {value}: expected from 0 to below 1"
+                )
+            if isinstance(value, int) and not 0 <= value < 2**63:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: {value}: expected from 0 to below 2**63"
+                )
+        if min(self.rounds, self.pixels, self.mc_samples, self.batch_size) < 1:
+            raise InputError(
+                f"--rounds {self.rounds}, --pixels {self.pixels}, --mc-samples "
+                f"{self.mc_samples}, --batch-size {self.batch_size}: expected 1 or more"
+            )
         if self.device not in (best, "cpu"):
             raise InputError(f"--device {self.device} is not there: auto takes {best}")
         if min(self.size) < 16:
@@ -926,7 +943,7 @@ class Config:
             name = f"{name}-top{self.top:g}"
         if self.supervised:
             name = "supervised"
-        return Path(self.out, f"{self.dataset}-{name}-seed{self.seed}")
+        return Path(f"{self.out}/{self.dataset}-{name}-seed{self.seed}")
 
 
 @contextmanager
@@ -934,12 +951,13 @@ def replacing(path):
     """A temporary path that becomes `path` after the block: the whole file, or none."""
     part = path.with_name(f".{path.name}")  # what a killed run leaves, the next takes
     with blame(f"{path} cannot be written, or another process writes there, too"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         try:
             yield part
             os.replace(part, path)
         finally:
-            part.unlink(missing_ok=True)
+            if part.is_file():
+                part.unlink()
 
 
 def write_csv(path, rows):
@@ -964,53 +982,48 @@ def read_metrics(folder):
 
 
 def read_config(folder):
-    """What config.json says that a run is made from; empty if there is none."""
+    """What config.json says that a run is made from, as text; {} if there is none."""
     path = folder / "config.json"
     with blame(f"{path} is damaged: put it back, or use another --out"):
-        return dict(json.loads(read_text(path))) if path.exists() else {}
+        text = read_text(path) if path.exists() else "{}"
+        return {name: str(value) for name, value in json.loads(text).items()}
 
 
-def differences(old, new, free):
-    """The names of what differs, but for those that are free to."""
-    names = (old.keys() | new.keys()) - free
-    return [name for name in sorted(names) if old.get(name) != new.get(name)]
-
-
-def made_from(config, pool, test):
-    """What a run is made from: settings, classes, and a checksum of every file."""
-    made = {name: value for name, value in vars(config).items() if name not in FREE}
-    if config.weights not in ("imagenet", "none"):
-        made["weights"] = zlib.crc32(Path(config.weights).read_bytes())
-    for k, name in enumerate(pool.classes):
-        made[f"class {k}"] = name
-    for split, frames in (("train", pool), ("test", test)):
-        for name, pair in frames.paths.items():
-            files = [path.read_bytes() for path in pair if path]
-            made[f"{split}/{name}"] = zlib.crc32(b"".join(files))
-    return made
+def differences(old, new):
+    """The names whose values differ in two config.json."""
+    return {name for name, _ in old.items() ^ new.items()}
 
 
 def check_config(config, pool, test):
-    """Record in config.json what the run is made from, and return it.
+    """Record in config.json what the run is made from, and return what may not change.
 
-    Refuses what differs from what was recorded before.
+    That is settings, classes, and a checksum of every file. Refuses what differs from
+    what was recorded before.
     """
-    made = made_from(config, pool, test)
+    made = {
+        name: str(value) for name, value in vars(config).items() if name not in FREE
+    }
+    run = f"{config}, torch {torch.__version__}, numpy {np.__version__}"
+    if os.path.isfile(config.weights):
+        made["weights"] = str(zlib.crc32(Path(config.weights).read_bytes()))
+    for k, name in enumerate(pool.classes):
+        made[f"class {k}"] = name
+    files = itertools.chain(*pool.paths.values(), *test.paths.values())
+    for path in filter(None, files):
+        made[os.path.relpath(path, config.root)] = str(zlib.crc32(path.read_bytes()))
+
     old = read_config(config.folder) or made
     free = FREE
     # A person may add images and classes. Until a round is done nothing is trained.
     if config.oracle == "human" or not read_metrics(config.folder):
         free = FREE | TRAINING | (made.keys() - old.keys())
-    differ = differences(old, made, free)
+    differ = sorted(differences(old, made) - free)
     if differ:
-        name = differ[0]
-        was = f"{name} was {old.get(name)}, is {made.get(name)}"
+        was = f"{differ[0]} was {old.get(differ[0])}, is {made.get(differ[0])}"
         raise InputError(f"{config.folder}: {was}: undo that, or use another --out")
-    versions = {"versions": f"torch {torch.__version__}, numpy {np.__version__}"}
     if RANK == 0:
         with replacing(config.folder / "config.json") as part:
-            text = json.dumps(vars(config) | made | versions, indent=1, default=str)
-            part.write_text(text)
+            part.write_text(json.dumps(made | {"run": run}, indent=1))
     return made
 
 
@@ -1018,9 +1031,9 @@ def read_frames(config, frames, title, order=None):
     """The frames in this order, or a rank's part of all, read ahead in threads."""
     if order is None:
         order = range(RANK, len(frames), WORLD)
-    ahead = 8 * config.workers
-    shown = tqdm(total=len(order), desc=title, leave=False, disable=RANK > 0 or None)
-    with shown as bar, ThreadPoolExecutor(config.workers) as threads:
+    ahead = 64  # frames that are read at a time
+    bar = tqdm(total=len(order), desc=title, leave=False, disable=RANK > 0 or None)
+    with bar, ThreadPoolExecutor(max(1, config.workers)) as threads:
         for start in range(0, len(order), ahead):
             part = order[start : start + ahead]
             yield from threads.map(frames.__getitem__, part)
@@ -1036,8 +1049,10 @@ def make_model(config, classes):
         model, saved = load_model(config.weights)
         model.dropout.p = config.dropout
         if saved["arch"] != config.arch or saved["classes"] != classes:
-            found = f"{config.weights} is {saved['arch']} for {saved['classes']}"
-            raise InputError(f"{found}; expected {config.arch} for {classes}")
+            raise InputError(
+                f"{config.weights} is {saved['arch']} for {saved['classes']}; expected "
+                f"{config.arch} for {classes}"
+            )
     model.mixed = config.amp
     if config.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1050,21 +1065,24 @@ def prepare(config):
     """The pool and the test frames, and the network with its initial weights."""
     start_ranks(config.device)
     row = DATASETS[config.dataset]
-    root = Path(config.root, row.folder)
+    root = Path(f"{config.root}/{row.folder}")
     if RANK == 0 and not root.is_dir():
         if config.dataset == "synthetic":
             draw_scenes(root)
         else:
             fetch(row, root)
     gather(None)  # the other ranks wait
-    asking = config.oracle == "human"
-    pool, test = open_dataset(config.dataset, root, config.size, asking)
+    pool, test = open_dataset(
+        config.dataset, root, config.size, config.oracle == "human"
+    )
     say(
         f"{config.folder.name}: {len(pool)} training and {len(test)} test images, "
         f"{len(pool.classes)} classes, {config.rounds} rounds of {config.epochs} epochs "
         f"at {config.size} on {config.device} with {config.arch} (--arch small is for "
         "CPUs, --arch fcn_resnet50 has the protocol of PixelPick, for GPUs)"
     )
+    if config.dropout == 0:
+        say("dropout 0: all draws agree; bald, power_bald and mean_std pick at random")
     initial = make_model(config, pool.classes)
     for frames in (pool, test):
         if len(frames) * math.prod(config.size) < 1e9:  # pixels of 4 bytes
@@ -1074,7 +1092,7 @@ def prepare(config):
 
 def survey(config, pool):
     """Say what the training labels hold; how many of their pixels are not void."""
-    counts_256 = torch.zeros(256, dtype=torch.long)
+    counts_256 = 0
     for _, _, label_HW in read_frames(config, pool, "count"):
         counts_256 += label_HW.flatten().bincount(minlength=256)
     counts_256 = sum(gather(counts_256))
@@ -1083,15 +1101,15 @@ def survey(config, pool):
     told = [f"{name} {share:.1%}" for name, share in zip(pool.classes[:20], share_256)]
     if config.oracle == "truth":
         say(
-            f"training labels: {', '.join(told)}; void {share_256[IGNORE]:.1%}; "
+            f"training masks: {', '.join(told)}; void {share_256[IGNORE]:.1%}; "
             f"{(share_256[:C] == 0).sum()} of {C} classes never occur"
         )
     if share_256[IGNORE] == 1:
-        raise InputError("every pixel of the training labels is void: check them")
-    return int(counts_256[:IGNORE].sum())
+        raise InputError("every pixel of the training masks is void: check them")
+    return int(counts_256[:C].sum())
 
 
-def training_batches(config, pool, points, steps, r):
+def training_batches(config, pool, labels, steps, r):
     """Batches (image_B3HW, points_BN3) of a round, all of them full, for BatchNorm."""
     count = steps * config.batch_size
     shuffle = stream(f"order {config.seed} {r}")
@@ -1100,16 +1118,17 @@ def training_batches(config, pool, points, steps, r):
         order += torch.randperm(len(pool), generator=shuffle).tolist()
     frames = read_frames(config, pool, f"round {r}: train", order[RANK:count:WORLD])
     for _ in range(steps):
-        batch = list(itertools.islice(frames, config.batch_size // WORLD))
-        names, image_B3HW, label_BHW = default_collate(batch)
-        given = [points[name] for name in names]
+        batch = itertools.islice(frames, config.batch_size // WORLD)
+        names, images, masks = zip(*batch)
+        given = [to_points(labels[name]) for name in names]
         if config.supervised:
-            given = [points_at(label_HW) for label_HW in label_BHW]
-        yield image_B3HW, nn.utils.rnn.pad_sequence(given, True, IGNORE)
+            given = [points_at(label_HW) for label_HW in masks]
+        yield torch.stack(images), nn.utils.rnn.pad_sequence(given, True, IGNORE)
 
 
-def fit(config, pool, initial, points, r):
-    """The network of round r, trained on `points`, and its last loss."""
+def fit(config, pool, initial, labels, r):
+    """The network of round r, trained on `labels`; its last loss, and the seconds."""
+    clock = time.time()
     steps = math.ceil(len(pool) / config.batch_size) * config.epochs
     model = copy.deepcopy(initial)  # CHOICE 8
     optimizer = make_optimizer(model, config.lr, config.weights != "none")
@@ -1117,19 +1136,19 @@ def fit(config, pool, initial, points, r):
     if WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(model)
     torch.manual_seed(number(f"train {config.seed} {r} {RANK}"))  # of dropout and views
-    batches = training_batches(config, pool, points, steps, r)
+    batches = training_batches(config, pool, labels, steps, r)
     loss = train(parallel, batches, optimizer, steps)
-    predict(parallel, pool[0][1][None])  # refuses what diverged; DDP syncs BatchNorm
-    return model, sum(gather(loss)) / WORLD
+    predict(parallel, pool[0][1])  # refuses what diverged; DDP syncs BatchNorm
+    loss = sum(gather(loss)) / WORLD
+    return model, {"loss": loss, "seconds": time.time() - clock}
 
 
 def evaluate(config, model, test):
     """mIoU, pixel accuracy and the IoU of each class; NaN: not measured."""
     C = len(test.classes)
-    confusion_CC = torch.zeros(C, C, dtype=torch.long)
+    confusion_CC = torch.zeros(C, C).long()
     for _, image_3HW, label_HW in read_frames(config, test, "evaluate"):
-        pred_1HW = predict(model, image_3HW[None])
-        confusion_CC += confusion_matrix(pred_1HW[0], label_HW, C)
+        confusion_CC += confusion_matrix(predict(model, image_3HW), label_HW, C)
     confusion_CC = sum(gather(confusion_CC))
     iou_C = iou_per_class(confusion_CC)
     accuracy = confusion_CC.trace() / confusion_CC.sum()
@@ -1139,7 +1158,7 @@ def evaluate(config, model, test):
     return scores
 
 
-def choose(config, model, frame, points, r):
+def choose(config, model, frame, labels, r):
     """score_HW of a frame for round r, and yx_N2 of its picks."""
     name, image_3HW, label_HW = frame
     generator = stream(f"picks {config.seed} {r} {name}")
@@ -1147,11 +1166,12 @@ def choose(config, model, frame, points, r):
     top = config.top if r > 0 else 0.0
     score_HW = score_pixels(model, acquisition, image_3HW, config.mc_samples, generator)
     free_HW = label_HW != IGNORE
-    free_HW[points[name][:, 0], points[name][:, 1]] = False
+    for y, x in labels[name]:
+        free_HW[y, x] = False
     return score_HW, pick_pixels(score_HW, free_HW, config.pixels, top, generator)
 
 
-def draw_panel(config, pool, model, points, record):
+def draw_panel(config, pool, model, labels, record):
     """Draw what the network of a round makes of three images, and what it asks next."""
     from matplotlib.figure import Figure
 
@@ -1161,31 +1181,28 @@ def draw_panel(config, pool, model, points, record):
         f"{config.folder.name}: labels of rounds 0 to {r}, prediction and score of the "
         f"network of round {r} (mIoU {record['mIoU']:.3f}), picks of round {r + 1}"
     )
-    grid = figure.subplots(3, 5, subplot_kw={"xticks": [], "yticks": []})
-    for axes, i in zip(grid, (0, len(pool) // 2, len(pool) - 1)):
+    grid = figure.subplots(3, 5)
+    for axes, i in zip(grid, (0, len(pool) // 2, -1)):
         name, image_3HW, label_HW = pool[i]
-        if config.oracle == "human":  # then nobody knows the truth
-            label_HW = torch.full_like(label_HW, IGNORE)
-        pred_1HW = predict(model, image_3HW[None])
-        score_HW, yx_N2 = choose(config, model, pool[i], points, r + 1)
+        score_HW, yx_N2 = choose(config, model, pool[i], labels, r + 1)
         rank_HW = score_HW.flatten().argsort().argsort().view_as(score_HW)
+        image_HW3 = image_3HW.movedim(0, 2).numpy()
         pictures = {
-            "image": image_3HW.movedim(0, 2).numpy(),
+            "image": image_HW3,
             "truth": pool.colours[label_HW],
-            "prediction": pool.colours[pred_1HW[0]],
+            "prediction": pool.colours[predict(model, image_3HW)],
             "score by rank, next picks": rank_HW.numpy(),
-            "labels": image_3HW.movedim(0, 2).numpy(),
+            "labels": image_HW3,
         }
-        for ax, (title, picture) in zip(axes, pictures.items()):
+        for ax, title in zip(axes, pictures):
+            ax.axis("off")
             ax.set_title(title)
-            ax.imshow(picture, interpolation="nearest")
-        y_N, x_N = yx_N2.T
+            ax.imshow(pictures[title])
+        y_N, x_N = yx_N2.T.numpy()
         axes[3].plot(x_N, y_N, "ro", fillstyle="none")
-        y_N, x_N, class_N = points[name].T
-        rgb_N3 = pool.colours[class_N] / 255
-        axes[4].scatter(x_N, y_N, 24, facecolors=rgb_N3, edgecolors="white")
-    names = dict(enumerate(pool.classes[:20])) | {IGNORE: "void"}
-    for k, name in names.items():
+        y_N, x_N, class_N = to_points(labels[name]).T.numpy()
+        axes[4].scatter(x_N, y_N, 24, pool.colours[class_N] / 255, edgecolors="white")
+    for k, name in [*enumerate(pool.classes[:20]), (IGNORE, "void")]:
         label = name.replace("$", r"\$")  # or mathematics would begin
         grid[0, 0].plot([], [], "s", color=pool.colours[k] / 255, label=label)
     figure.legend(loc="outside lower center", ncols=11)
@@ -1193,18 +1210,17 @@ def draw_panel(config, pool, model, points, record):
         figure.savefig(part)
 
 
-def write_round(config, pool, model, points, records):
+def write_round(config, pool, model, labels, records):
     """Write the files of the last round. metrics.csv comes last: then it is done."""
     record = records[-1]
     state = {"classes": pool.classes, "state_dict": model.state_dict()}
     with replacing(config.folder / "model.pt") as part:
         torch.save(vars(config) | record | state, part)
-    draw_panel(config, pool, model, points, record)
+    draw_panel(config, pool, model, labels, record)
     if config.oracle == "human":
         draw_masks(round_file(config, record["round"], "masks"), pool, model)
-    rows = [row.values() for row in records]
-    write_csv(config.folder / "metrics.csv", [record.keys(), *rows])
-    draw_curves(Path(config.out, f"{config.dataset}.png"), comparable(config))
+    write_csv(config.folder / "metrics.csv", [list(record), *map(dict.values, records)])
+    draw_curves(Path(f"{config.out}/{config.dataset}.png"), comparable(config))
 
 
 def round_file(config, r, name):
@@ -1216,22 +1232,21 @@ def label_round(config, pool, model, labels, r):
     """Add the labels of round r; says and returns how many a person still has to give."""
     path = round_file(config, r, "labels.csv")
     if not path.exists():
-        points = to_points(labels)
         picked = []
         for frame in read_frames(config, pool, f"round {r}: score"):
             name, _, label_HW = frame
-            _, yx_N2 = choose(config, model, frame, points, r)
+            _, yx_N2 = choose(config, model, frame, labels, r)
             for y, x in yx_N2.tolist():
                 label = label_HW[y, x].item() if config.oracle == "truth" else ""
                 picked.append((name, y, x, label))
         rows = sorted(itertools.chain(*gather(picked)))
         if RANK == 0:
-            write_csv(path, [("image", "y", "x", "label"), *rows])
+            write_csv(path, [HEADER, *rows])
         gather(None)  # the other ranks wait
     rows = add_labels(labels, path, pool.classes, config.size)
     empty = sum(label is None for *_, label in rows)
     if empty > 0:
-        page = round_file(config, r, "label.html")
+        page = path.with_name("label.html")
         if RANK == 0:
             write_page(page, pool, rows)
         say(
@@ -1258,91 +1273,77 @@ def run(config):
             return records[:r]
         key = number(f"{labels} {made}")
         # The network of a round is needed until the next pixels are chosen.
-        last = r + 1 == config.rounds
-        asked = last or round_file(config, r + 1, "labels.csv").exists()
+        is_last = r + 1 == config.rounds
+        asked = is_last or round_file(config, r + 1, "labels.csv").exists()
         if asked and r < len(records) and records[r].get("labels") == key:
             continue  # done; a corrected label would change this and the later keys
 
         # Train from the initial weights on all labels so far.
-        points = to_points(labels)
         if not config.supervised:
-            pixels = sum(int((rows[:, 2] != IGNORE).sum()) for rows in points.values())
+            pixels = sum(
+                k != IGNORE for given in labels.values() for k in given.values()
+            )
         if pixels == 0:
             raise InputError(f"{config.folder}: no labelled pixel has a class")
-        clock = time.time()
-        model, loss = fit(config, pool, initial, points, r)
-        seconds = time.time() - clock
+        model, training = fit(config, pool, initial, labels, r)
 
         # Evaluate on the test images, and write down.
         record = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
-        record |= evaluate(config, model, test)
-        record |= {"loss": loss, "seconds": seconds, "labels": key}
+        record |= evaluate(config, model, test) | training | {"labels": key}
         records[r:] = [record]
         if RANK == 0:
-            write_round(config, pool, model, points, records)
+            write_round(config, pool, model, labels, records)
         say(
             f"round {r}: {record['pixels_per_image']:.1f} pixels an image, mIoU "
-            f"{record['mIoU']:.4f}, loss {loss:.3f}, trained in {seconds:.0f} s"
+            f"{record['mIoU']:.4f}, loss {record['loss']:.3f}, trained in "
+            f"{record['seconds']:.0f} s"
         )
     say(f"{config.folder} is done; its curve is in {config.out}/{config.dataset}.png")
     return records[: config.rounds]
 
 
 def comparable(config):
-    """The folders of the runs in --out that differ from this one in picking alone."""
+    """Name and metrics of the runs in --out that differ from this in picking alone."""
     mine = read_config(config.folder)
-    return [
-        folder
-        for folder in sorted(Path(config.out).glob(f"{config.dataset}-*"))
-        if read_metrics(folder)
-        and not differences(read_config(folder), mine, FREE | PICKING)
-    ]
+    for folder in sorted(Path(config.out).glob(f"{config.dataset}-*")):
+        records = read_metrics(folder)
+        if records and differences(read_config(folder), mine) <= FREE | PICKING:
+            yield folder.name, records
 
 
 # ---- 10. Pictures
 def palette(colours):
     """RGB (256, 3) of the classes and of void: `colours` in hex, then random ones."""
-    rgb_256 = np.random.default_rng(8930).integers(0, 256, (256, 3), np.uint8)
-    own = np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
-    rgb_256[: len(own)] = own
-    return rgb_256
-
-
-def photographs(pool):
-    """Name, photograph, and image_3hw: the photograph in the working size."""
-    H, W = pool.size
-    for name, (path, _) in pool.paths.items():
-        photo = open_photo(path)
-        small = photo.copy()
-        small.thumbnail((W, H), Image.BILINEAR)
-        yield name, photo, pil_to_tensor(small)
+    rgb = bytes.fromhex(colours)
+    rgb += np.random.default_rng(38683).bytes(768)[len(rgb) :]  # void is pale
+    return np.frombuffer(rgb, np.uint8).reshape(256, 3)
 
 
 def draw_masks(folder, pool, model):
     """Write the predicted classes of every photograph, in its size: indexed PNGs."""
-    for name, photo, image_3hw in photographs(pool):
-        pred_hw = predict(model, image_3hw[None])[0]
+    for name in pool.paths:
+        photo, image = pool.photo(name)
+        pred_hw = predict(model, pil_to_tensor(image))
         mask = Image.fromarray(pred_hw.byte().numpy())
         mask = mask.resize(photo.size, Image.NEAREST)
         mask.putpalette(pool.colours.tobytes())
         with replacing(folder / f"{name}.png") as part:
-            mask.save(part, "png")
+            mask.save(part)
 
 
-def draw_curves(path, folders):
-    """Draw mIoU against labelled pixels of some runs."""
+def draw_curves(path, runs):
+    """Draw mIoU against labelled pixels of runs, given as (name, metrics)."""
     from matplotlib.figure import Figure
 
     figure = Figure((7.5, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="labelled pixels an image", ylabel="mIoU")
-    for folder in folders:
-        records = read_metrics(folder)
+    for name, records in runs:
         pixels = [record["pixels_per_image"] for record in records]
         miou = [record["mIoU"] for record in records]
-        if "-supervised-" in folder.name:
-            axes.axhline(miou[-1], linestyle="--", label=folder.name)
+        if "-supervised-" in name:
+            axes.axhline(miou[-1], linestyle="--", label=name)
         else:
-            axes.plot(pixels, miou, "o-", label=folder.name)
+            axes.plot(pixels, miou, "o-", label=name)
     figure.legend(loc="outside right upper")
     with replacing(path) as part:
         figure.savefig(part)
@@ -1354,7 +1355,7 @@ def data_uri(image):
     file = io.BytesIO()
     image.thumbnail((1000, 1000))
     image.save(file, "jpeg", quality=85, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def write_page(path, pool, rows):
@@ -1365,9 +1366,10 @@ def write_page(path, pool, rows):
     names = dict(enumerate(pool.classes)) | {IGNORE: "void"}
     photos = {}
     pixels = []
-    for name, photo, image_3hw in photographs(pool):
-        dx = photo.width / image_3hw.shape[2]  # what a pixel asked for covers
-        dy = photo.height / image_3hw.shape[1]
+    for name in pool.paths:
+        photo, small = pool.photo(name)
+        dx = photo.width / small.width  # what a pixel asked for covers
+        dy = photo.height / small.height
         side = round(min(31 * dx, 256))
         for image, y, x, k in rows:
             if image == name:
@@ -1375,11 +1377,10 @@ def write_page(path, pool, rows):
                 top = round((y + 0.5) * dy - side / 2)
                 crop = Image.new("RGB", (side, side), "grey")  # beyond the border
                 crop.paste(photo, (-left, -top))
-                label = names.get(k, "")
-                pixels.append([name, y, x, label, left, top, data_uri(crop)])
+                pixels.append([name, y, x, names.get(k, ""), left, top, data_uri(crop)])
         photos[name] = [*photo.size, dx, dy, side, data_uri(photo)]
     data = {
-        "folder": "/".join(path.parts[-3:-1]),  # of the run and of the round
+        "folder": f"{path.parts[-3]}/{path.parts[-2]}",  # of the run and of the round
         "classes": list(names.values()),
         "colours": pool.colours[list(names)].tolist(),
         "photos": photos,
@@ -1529,7 +1530,7 @@ def parse(argv):
     }
     meaning = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     parser = argparse.ArgumentParser(
-        "balent_seg.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
+        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
     )
     for setting in fields(Config):
         how = special.get(setting.name, {"type": setting.type})
@@ -1554,17 +1555,14 @@ def main(argv=None):
         code = 130
     except (InputError, OSError, ImportError) as error:
         message = str(error)
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not full and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, too
+        if not re.search("MemoryError|can't allocate memory", repr(error)):
             raise
-        message = (
-            "out of memory: use a smaller --batch-size, or --size in another --out"
-        )
+        message = "out of memory: use a smaller --batch-size, or --size in a new --out"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print("balent_seg:", " ".join(message.split()), file=sys.stderr)
+    print(f"balent_seg: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
