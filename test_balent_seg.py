@@ -165,7 +165,7 @@ def test_baselines_are_their_formulas():
     }
     for name, expected_N in formulas.items():
         found_BHW = bs.ACQUISITIONS[name](moments_of(prob_TBCHW))
-        assert found_BHW[0, 0].numpy() == pytest.approx(expected_N, abs=1e-5), name
+        assert found_BHW[0, 0].numpy() == pytest.approx(expected_N, abs=1e-5)
 
 
 def test_power_bald_picks_in_proportion_to_bald():
@@ -307,7 +307,7 @@ a,2,2,"sky  | (?s:.*)as label
 def test_a_wrong_row_is_named_by_its_line(row, message):
     row = row.replace("..", "1" * 5000)
     lines = [HEADER, "a,1,1,sky", row, "a,5,5,sky"]
-    with pytest.raises(bs.InputError, match=f"labels.csv:[34]: .*{message}"):
+    with pytest.raises(bs.InputError, match=f"labels.csv:3: .*{message}"):
         read_labels(*lines)
 
 
@@ -584,7 +584,7 @@ OFFICIAL = [
         ["train", "val"],
         "leftImg8bit/{0}/a/a_{0}_leftImg8bit.png",
         "gtFine/{0}/a/a_{0}_gtFine_labelIds.png",
-        {7: 0, 11: 2, 33: 18, 0: 255, 9: 255},
+        {row.id: row.train_id for row in torchvision.datasets.Cityscapes.classes[:-1]},
         "bicycle",
     ),
     (
