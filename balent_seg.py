@@ -12,8 +12,9 @@ Read   section 1, the score; section 3, the network and its moments; section 7, 
        picks; `run` in section 9, the loop
 
 Dimensions in the names of tensors: B image of a batch, C class, D feature channel,
-T draw of the weights, N point, H and W pixel of an image, h and w position of a feature
-map or pixel of an image without its padding. points_N3 has rows (y, x, class).
+T draw of the weights, N point, H and W pixel of an image, h and w position of a smaller
+grid (a feature map, an image without its padding). A digit is a size of its own:
+points_N3 has rows (y, x, class).
 
 Symbol        meaning                                        name in the code
 P_i           probability of class i under one draw          prob_BCHW
@@ -53,7 +54,6 @@ import base64
 import copy
 import csv
 import glob
-import hashlib
 import inspect
 import io
 import itertools
@@ -85,7 +85,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255  # the class of void pixels and padding: never picked, learned or evaluated
-UNKNOWN = 254  # the class of pixels whose labels a person has yet to give
+UNKNOWN = 254  # of pixels that a person has yet to label; of ids that are no class
 
 
 class InputError(ValueError):
@@ -93,7 +93,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def blame(message):
+def input_error(message):
     """An error while a file is read or written becomes an InputError with `message`."""
     try:
         yield
@@ -158,7 +158,9 @@ def balanced_entropy(mean, var, dim=1):
     eps = torch.finfo(dtype).eps
     entropy = torch.special.entr(mean).sum(dim)
     mjent = entropy  # CHOICE 1: H once
-    for p, v in zip(mean.unbind(dim), var.unbind(dim)):  # one class at a time
+    for p, v in zip(
+        mean.unbind(dim), var.unbind(dim)
+    ):  # a class at a time: less memory
         m = p.clamp(eps, 1 - eps)
         s = (m * (1 - m) / v.clamp(min=eps**2) - 1).clamp(min=eps)
         mjent = mjent + p * beta_entropy(m * s + 1, (1 - m) * s)
@@ -168,8 +170,8 @@ def balanced_entropy(mean, var, dim=1):
 def balent_acquisition(mean, var, dim=1):
     """BalEntAcq, higher = label first: 1 / BalEnt where BalEnt >= 0, else BalEnt.
 
-    Arguments, shapes and errors are those of `balanced_entropy`. Finite, too: BalEnt = 0
-    counts as the smallest normal number, so it has the highest score.
+    Arguments, shapes and errors are those of `balanced_entropy`. Finite, too: BalEnt =
+    0 counts as the smallest normal number, so it has the highest score.
     """
     balent = balanced_entropy(mean, var, dim)
     tiny = torch.finfo(balent.dtype).tiny
@@ -190,7 +192,7 @@ def _balent(moments, generator=None):
 
 
 def _random(moments, generator=None):
-    """Uniform on [0, 1), drawn on the CPU so that every device picks the same pixels."""
+    """Uniform on [0, 1); drawn on the CPU, so every device picks the same pixels."""
     like_BHW = moments.cond_entropy_BHW
     return torch.rand(like_BHW.shape, generator=generator).to(like_BHW.device)
 
@@ -254,9 +256,9 @@ def _small(weights):
 def _torchvision(arch, weights):
     """The network `arch` of torchvision, without its last layer and its dropouts."""
     start = "IMAGENET1K_V1" if weights == "imagenet" else None
-    with blame(
-        f"ImageNet weights for {arch} cannot be loaded: connect to the internet, delete "
-        f"what is damaged in {torch.hub.get_dir()}/checkpoints, or use --weights none"
+    with input_error(
+        f"ImageNet weights for {arch} cannot be loaded: go online, delete what is "
+        f"damaged in {torch.hub.get_dir()}/checkpoints, or use --weights none"
     ):
         model = torchvision.models.get_model(arch, weights_backbone=start)
     for module in model.modules():
@@ -269,8 +271,8 @@ def _torchvision(arch, weights):
 
 # A row is a function of the weights, "imagenet" or "none". It returns the trunk of a
 # network in two parts, backbone and neck, and the number D of channels that they give.
-# The trunk takes RGB normalised as for ImageNet. To use a network of your own, add a row
-# and call main().
+# The trunk takes RGB normalised as for ImageNet. To use a network of your own, add a
+# row and call main().
 ARCHS = {"small": _small}
 for _name in (
     "fcn_resnet50",
@@ -317,7 +319,9 @@ class MCDropoutFCN(nn.Module):
         The trunk runs once, and the memory does not grow with `samples`. Leaves the
         network in eval mode.
         """
-        feature_BDhw = self.eval().features(x_B3HW).contiguous()  # a third faster
+        feature_BDhw = (
+            self.eval().features(x_B3HW).contiguous()
+        )  # draws are a third faster
         # CHOICE 5: a draw drops channels everywhere: one classifier for all positions.
         generator = torch.Generator().manual_seed(seed)
         chance_TD = torch.rand(samples, feature_BDhw.shape[1], generator=generator)
@@ -345,7 +349,7 @@ class MCDropoutFCN(nn.Module):
 
 def load_model(path):
     """The network of a model.pt in eval mode, and a dict: classes, arch, round ..."""
-    with blame(f"{path}: expected the model.pt of a run, with an arch of ARCHS"):
+    with input_error(f"{path}: expected the model.pt of a run, with an arch of ARCHS"):
         saved = torch.load(path, map_location="cpu")
         model = MCDropoutFCN(
             len(saved["classes"]), saved["arch"], saved["dropout"], "none"
@@ -359,18 +363,18 @@ HEADER = ["image", "y", "x", "label"]
 
 
 def number(text):
-    """A number of 48 bits that stands for a text."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+    """A checksum of a text, of 32 bits: exact as a float, too, as in metrics.csv."""
+    return zlib.crc32(text.encode())
 
 
 def stream(purpose):
-    """A random stream of its own for every purpose: a text of seed, round, image ..."""
+    """A generator seeded by a text such as "order 0 3": each purpose has its own."""
     return torch.Generator().manual_seed(number(purpose))
 
 
 def read_text(path):
     """The text of a file in UTF-8, with or without a byte order mark."""
-    with blame(f"{path} cannot be read: expected a text in UTF-8"):
+    with input_error(f"{path} cannot be read: expected a text in UTF-8"):
         return path.read_text("utf-8-sig")
 
 
@@ -381,9 +385,15 @@ def add_labels(labels, path, classes, size):
     """
     numbers = {"": None, "void": IGNORE}
     for k, name in enumerate(classes):
-        numbers[str(k)] = numbers[name.casefold()] = k
+        numbers[str(k)] = k
+        numbers[name.casefold()] = k
     H, W = size
-    with blame(f"{path} cannot be read: expected a table in UTF-8"):
+    expected = (
+        f"expected image,y,x,label: the name of a training image, y from 0 to {H - 1}, "
+        f"x from 0 to {W - 1}, as label {', '.join(classes)}, a number below "
+        f"{len(classes)} or void"
+    )
+    with input_error(f"{path} cannot be read: expected a table in UTF-8"):
         header, *lines = csv.reader(io.StringIO(path.read_text("utf-8-sig")))
     if header != HEADER:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
@@ -392,19 +402,14 @@ def add_labels(labels, path, classes, size):
         line = f"{path}:{line_number}: {','.join(cells):.80}"
         if not cells:
             continue  # a blank line
-        with blame(f"{line}: expected the name of a training image,y,x,label"):
+        with input_error(f"{line}: {expected}"):
             name, y, x, label = cells
-            given = labels[name]
-        with blame(f"{line}: expected y from 0 to {H - 1}, x from 0 to {W - 1}"):
             pixel = (range(H).index(int(y)), range(W).index(int(x)))
-        with blame(
-            f"{line}: expected as label {', '.join(classes)}, a number below "
-            f"{len(classes)} or void"
-        ):
             k = numbers[label.strip().casefold()]
-        if pixel in given:
+            labelled = labels[name]
+        if pixel in labelled:
             raise InputError(f"{line}: the pixel has a row already: take one out")
-        given[pixel] = k
+        labelled[pixel] = k
         rows.append([name, *pixel, k])
     return rows
 
@@ -425,8 +430,8 @@ def points_at(label_HW):
 def random_affine(count):
     """scale_B2 and shift_B2, (x, y) from view to image: zoom, shift and flip.
 
-    The zoom is log-uniform from 1 / 2 to 2. Half of the views are flipped. Of view and
-    image the smaller lies within the larger, anywhere.
+    The zoom is log-uniform from 1 / 2 to 2. Half of the views are flipped. As |shift|
+    is at most |1 - scale|, the smaller of view and image lies within the larger.
     """
     scale_B1 = 2 ** (2 * torch.rand(count, 1) - 1)
     shift_B2 = (2 * torch.rand(count, 2) - 1) * (1 - scale_B1).abs()
@@ -452,7 +457,8 @@ def augment(image_B3HW, points_BN3, scale_B2, shift_B2):
 def point_loss(logits_BChw, xy_BN2, class_BN):
     """Sum of the cross-entropies at the points, in nats, and how many points count.
 
-    At pixel centres it equals the sum over a dense label that is IGNORE elsewhere.
+    At pixel centres it equals the sum over upsampled logits and a dense label that is
+    IGNORE elsewhere.
     """
     logits_BC1N = F.grid_sample(
         logits_BChw, xy_BN2[:, None], padding_mode="border", align_corners=False
@@ -489,7 +495,7 @@ def train(model, batches, optimizer, steps):
         loss, count = point_loss(model(view_B3HW, upsample=False), xy_BN2, class_BN)
         if WORLD > 1:
             dist.all_reduce(count)
-        # DDP averages the gradients of the ranks; a batch may show no labelled point.
+        # DDP averages over the ranks. A batch may show no labelled point: 0, not NaN.
         loss = loss * WORLD / count.clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
@@ -519,7 +525,7 @@ def iou_per_class(confusion_CC):
 
 @torch.no_grad()
 def predict(model, image_3HW):
-    """class_HW on the CPU, the most probable class at each pixel of an image in uint8."""
+    """class_HW on the CPU: the most probable class at each pixel of a uint8 image."""
     logits_1CHW = model.eval()(image_3HW[None] / 255)
     if not logits_1CHW.isfinite().all():
         raise InputError("the network diverged, its logits are not finite: lower --lr")
@@ -571,7 +577,9 @@ class Dataset(NamedTuple):
     labels: str = "{}annot/*"
     listed: str = ""  # the file that lists the frames of a split; else all count
     splits: tuple = ("train", "test")
-    ids: list = range(IGNORE)  # of the classes; other ids up to the last + 1 are void
+    ids: list = range(
+        IGNORE
+    )  # of the classes in masks; others up to the last + 1, and 255, are void
     # of the classes, in hex: by default those of VOC2012; random where they end
     colours: str = (
         "000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000"
@@ -616,9 +624,9 @@ DATASETS = {
     "voc2012": Dataset(
         (512, 512),
         "VOCdevkit/VOC2012",
-        classes="background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, "
-        "cow, diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train, "
-        "tvmonitor",
+        classes="background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, "
+        "chair, cow, diningtable, dog, horse, motorbike, person, pottedplant, sheep, "
+        "sofa, train, tvmonitor",
         images="JPEGImages/*",
         labels="SegmentationClass/*",
         listed="ImageSets/Segmentation/{}.txt",
@@ -648,7 +656,9 @@ DATASETS = {
 def fetch(row, folder):
     """Download and unpack a dataset: all of its folder, or nothing."""
     problem = f"{folder} does not exist: {row.advice}"
-    if folder.is_symlink() or folder.name == folder.parent.name:  # --root is too deep
+    if (
+        folder.is_symlink() or folder.name == folder.parent.name
+    ):  # --root is the dataset itself
         raise InputError(problem)
     for url in row.urls:
         say(f"{folder} does not exist: fetching {url}")
@@ -770,7 +780,7 @@ def open_picture(path):
     """A picture as it is stored."""
     if not path.exists():
         raise missing(path)
-    with blame(f"{path} cannot be read as a picture"):
+    with input_error(f"{path} cannot be read as a picture"):
         image = Image.open(path)
         image.load()
     return image
@@ -837,7 +847,7 @@ def open_dataset(name, root, size, asking=False):
     splits = []
     for split in row.splits:
         paths = list_frames(row, root, split, asking)
-        if not paths and not (asking and splits):
+        if not paths and not (asking and splits):  # a person needs no test images
             raise missing(root / row.images.format(split))
         splits.append(
             Frames(classes, palette(row.colours), paths, class_of, palettes, size)
@@ -847,9 +857,9 @@ def open_dataset(name, root, size, asking=False):
 
 # ---- 9. Experiment: settings, rounds, and the files of a run
 # Settings that may change as a run goes on
-FREE = {"rounds", "root", "workers", "device", "out", "run"}
-# Settings that a person may change, whose labels are then learned anew
-TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr", "amp"}
+FREE = {"rounds", "root", "workers", "device", "amp", "out", "run"}
+# Settings that may change, too, where a person labels: all rounds are trained anew
+TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr"}
 # Settings in which the runs of one figure may differ
 PICKING = {"acquisition", "supervised", "pixels", "top", "seed"}
 
@@ -859,7 +869,7 @@ class Config:
     """The settings of a run. The comments are the text of --help."""
 
     dataset: str = "synthetic"  # what to learn from (default: synthetic)
-    root: str = "data"  # folder that holds CamVid/ ..., or the folder dataset itself
+    root: str = "data"  # holds CamVid/ ..., or is the folder dataset (default: data)
     size: list = None  # height width (default: the dataset's, a third of it with small)
     workers: int = 8  # threads that read images (default: 8)
     acquisition: str = "balent"  # how to pick; several run in turn (default: balent)
@@ -875,7 +885,7 @@ class Config:
     dropout: float = 0.2  # dropout rate before the last layer (default: 0.2)
     batch_size: int = 8  # images in a step, over all processes (default: 8)
     lr: float = None  # learning rate (default: 5e-4; small: 2e-3)
-    amp: bool = None  # bfloat16 (default: with cuda); few CPUs are fast with it
+    amp: bool = None  # bfloat16 (default: with cuda); on many CPUs ten times slower
     device: str = "auto"  # cuda, mps or cpu (default: the first that is there)
     seed: int = 0  # seed of all that is random (default: 0)
     out: str = "runs"  # folder in which each run gets a folder (default: runs)
@@ -900,22 +910,19 @@ class Config:
         for name, value in default.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.size = list(self.size)
         if self.supervised:
             self.rounds = 1
-            self.acquisition = Config.acquisition  # which nothing needs
+            self.acquisition = Config.acquisition  # for the panel
         self.check(best)
 
     def check(self, best):
         """Refuse what is out of range or does not go together."""
         for name, value in vars(self).items():
-            if isinstance(value, float) and not 0 <= value < 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: {value}: expected from 0 to below 1"
-                )
-            if isinstance(value, int) and not 0 <= value < 2**63:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: {value}: expected from 0 to below 2**63"
-                )
+            below = {int: 2**63, float: 1}.get(type(value))
+            if below and not 0 <= value < below:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: {value}: expected from 0 to below {below}")
         if min(self.rounds, self.pixels, self.mc_samples, self.batch_size) < 1:
             raise InputError(
                 f"--rounds {self.rounds}, --pixels {self.pixels}, --mc-samples "
@@ -949,8 +956,8 @@ class Config:
 @contextmanager
 def replacing(path):
     """A temporary path that becomes `path` after the block: the whole file, or none."""
-    part = path.with_name(f".{path.name}")  # what a killed run leaves, the next takes
-    with blame(f"{path} cannot be written, or another process writes there, too"):
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # no two processes share it
+    with input_error(f"{path} cannot be written"):
         os.makedirs(path.parent, exist_ok=True)
         try:
             yield part
@@ -975,7 +982,7 @@ def read_metrics(folder):
     if not path.exists():
         return []
     records = []
-    with blame(f"{path} is damaged: delete it, and its rounds are trained again"):
+    with input_error(f"{path} is damaged: delete it, and its rounds are trained again"):
         for row in csv.DictReader(read_text(path).splitlines()):
             records.append({name: float(cell) for name, cell in row.items()})
     return records
@@ -984,7 +991,7 @@ def read_metrics(folder):
 def read_config(folder):
     """What config.json says that a run is made from, as text; {} if there is none."""
     path = folder / "config.json"
-    with blame(f"{path} is damaged: put it back, or use another --out"):
+    with input_error(f"{path} is damaged: put it back, or use another --out"):
         text = read_text(path) if path.exists() else "{}"
         return {name: str(value) for name, value in json.loads(text).items()}
 
@@ -1031,7 +1038,7 @@ def read_frames(config, frames, title, order=None):
     """The frames in this order, or a rank's part of all, read ahead in threads."""
     if order is None:
         order = range(RANK, len(frames), WORLD)
-    ahead = 64  # frames that are read at a time
+    ahead = 64  # frames that the threads read while the first is used
     bar = tqdm(total=len(order), desc=title, leave=False, disable=RANK > 0 or None)
     with bar, ThreadPoolExecutor(max(1, config.workers)) as threads:
         for start in range(0, len(order), ahead):
@@ -1063,6 +1070,8 @@ def make_model(config, classes):
 
 def prepare(config):
     """The pool and the test frames, and the network with its initial weights."""
+    import matplotlib  # noqa: F401, or its absence would be told after training
+
     start_ranks(config.device)
     row = DATASETS[config.dataset]
     root = Path(f"{config.root}/{row.folder}")
@@ -1077,21 +1086,21 @@ def prepare(config):
     )
     say(
         f"{config.folder.name}: {len(pool)} training and {len(test)} test images, "
-        f"{len(pool.classes)} classes, {config.rounds} rounds of {config.epochs} epochs "
-        f"at {config.size} on {config.device} with {config.arch} (--arch small is for "
-        "CPUs, --arch fcn_resnet50 has the protocol of PixelPick, for GPUs)"
+        f"{len(pool.classes)} classes, {config.rounds} rounds of {config.epochs} "
+        f"epochs at {config.size} on {config.device} with {config.arch} (--arch small "
+        "is for CPUs, --arch fcn_resnet50 has the protocol of PixelPick, for GPUs)"
     )
     if config.dropout == 0:
-        say("dropout 0: all draws agree; bald, power_bald and mean_std pick at random")
+        say("dropout 0: all draws agree, so bald, power_bald and mean_std mean nothing")
     initial = make_model(config, pool.classes)
     for frames in (pool, test):
-        if len(frames) * math.prod(config.size) < 1e9:  # pixels of 4 bytes
+        if len(frames) * math.prod(config.size) < 1e9:  # pixels of 4 bytes: 4 GB
             frames.held = list(read_frames(config, frames, "read", range(len(frames))))
     return pool, test, initial
 
 
 def survey(config, pool):
-    """Say what the training labels hold; how many of their pixels are not void."""
+    """Print the classes' shares in the masks; returns how many pixels have a class."""
     counts_256 = 0
     for _, _, label_HW in read_frames(config, pool, "count"):
         counts_256 += label_HW.flatten().bincount(minlength=256)
@@ -1101,8 +1110,9 @@ def survey(config, pool):
     told = [f"{name} {share:.1%}" for name, share in zip(pool.classes[:20], share_256)]
     if config.oracle == "truth":
         say(
-            f"training masks: {', '.join(told)}; void {share_256[IGNORE]:.1%}; "
-            f"{(share_256[:C] == 0).sum()} of {C} classes never occur"
+            f"training masks: {', '.join(told)}; void or padding "
+            f"{share_256[IGNORE]:.1%}; {(share_256[:C] == 0).sum()} of {C} classes never "
+            "occur"
         )
     if share_256[IGNORE] == 1:
         raise InputError("every pixel of the training masks is void: check them")
@@ -1138,7 +1148,7 @@ def fit(config, pool, initial, labels, r):
     torch.manual_seed(number(f"train {config.seed} {r} {RANK}"))  # of dropout and views
     batches = training_batches(config, pool, labels, steps, r)
     loss = train(parallel, batches, optimizer, steps)
-    predict(parallel, pool[0][1])  # refuses what diverged; DDP syncs BatchNorm
+    predict(parallel, pool[0][1])  # stops if it diverged; DDP syncs BatchNorm
     loss = sum(gather(loss)) / WORLD
     return model, {"loss": loss, "seconds": time.time() - clock}
 
@@ -1211,16 +1221,15 @@ def draw_panel(config, pool, model, labels, record):
 
 
 def write_round(config, pool, model, labels, records):
-    """Write the files of the last round. metrics.csv comes last: then it is done."""
+    """Write the files of the last round. When metrics.csv has its line, it is done."""
     record = records[-1]
     state = {"classes": pool.classes, "state_dict": model.state_dict()}
     with replacing(config.folder / "model.pt") as part:
-        torch.save(vars(config) | record | state, part)
+        torch.save(record | vars(config) | state, part)  # pixels: the setting
     draw_panel(config, pool, model, labels, record)
     if config.oracle == "human":
         draw_masks(round_file(config, record["round"], "masks"), pool, model)
     write_csv(config.folder / "metrics.csv", [list(record), *map(dict.values, records)])
-    draw_curves(Path(f"{config.out}/{config.dataset}.png"), comparable(config))
 
 
 def round_file(config, r, name):
@@ -1229,7 +1238,7 @@ def round_file(config, r, name):
 
 
 def label_round(config, pool, model, labels, r):
-    """Add the labels of round r; says and returns how many a person still has to give."""
+    """Add the labels of round r; returns how many a person still has to give."""
     path = round_file(config, r, "labels.csv")
     if not path.exists():
         picked = []
@@ -1250,19 +1259,19 @@ def label_round(config, pool, model, labels, r):
         if RANK == 0:
             write_page(page, pool, rows)
         say(
-            f"round {r}: {empty} of {len(rows)} pixels wait for a label: open {page} in a "
-            f"browser, save its labels.csv as {path}, and run the same command again"
+            f"round {r}: {empty} of {len(rows)} pixels wait for a label: open {page} "
+            f"in a browser, save its labels.csv as {path}, and run the same command again"
         )
     return empty
 
 
 def run(config):
-    """Label, train, evaluate and write down, until the last round or a person's turn.
+    """Label, train, evaluate and write down, round by round; a dict for each.
 
-    Returns the rows of metrics.csv, a dict a round.
+    It ends before the last round where a person has to label.
     """
     pool, test, initial = prepare(config)
-    pixels = survey(config, pool)  # for full supervision
+    labelled = survey(config, pool)  # pixels, for full supervision
     made = check_config(config, pool, test)
     labels = {name: {} for name in pool.paths}  # name -> {(y, x): class}
     records = read_metrics(config.folder)
@@ -1271,33 +1280,34 @@ def run(config):
         # Label the pixels that the network of the last round scores highest.
         if not config.supervised and label_round(config, pool, model, labels, r):
             return records[:r]
-        key = number(f"{labels} {made}")
-        # The network of a round is needed until the next pixels are chosen.
-        is_last = r + 1 == config.rounds
+        rows = [sorted(pixels.items()) for pixels in labels.values()]
+        key = number(f"{rows} {made}")
+        is_last = r + 1 == config.rounds  # else its network has to pick what comes next
         asked = is_last or round_file(config, r + 1, "labels.csv").exists()
         if asked and r < len(records) and records[r].get("labels") == key:
             continue  # done; a corrected label would change this and the later keys
 
         # Train from the initial weights on all labels so far.
         if not config.supervised:
-            pixels = sum(
-                k != IGNORE for given in labels.values() for k in given.values()
-            )
-        if pixels == 0:
+            labelled = sum(k != IGNORE for _, k in itertools.chain(*rows))
+        if labelled == 0:
             raise InputError(f"{config.folder}: no labelled pixel has a class")
         model, training = fit(config, pool, initial, labels, r)
 
         # Evaluate on the test images, and write down.
-        record = {"round": r, "pixels": pixels, "pixels_per_image": pixels / len(pool)}
+        record = {"round": r, "pixels": labelled}
+        record["pixels_per_image"] = labelled / len(pool)
         record |= evaluate(config, model, test) | training | {"labels": key}
         records[r:] = [record]
         if RANK == 0:
             write_round(config, pool, model, labels, records)
         say(
-            f"round {r}: {record['pixels_per_image']:.1f} pixels an image, mIoU "
-            f"{record['mIoU']:.4f}, loss {record['loss']:.3f}, trained in "
+            f"round {r}: {labelled / len(pool):.1f} pixels an image, mIoU "
+            f"{record['mIoU']:.4f}, loss {record['loss']:.3f}, trained "
             f"{record['seconds']:.0f} s"
         )
+    if RANK == 0:
+        draw_curves(Path(f"{config.out}/{config.dataset}.png"), comparable(config))
     say(f"{config.folder} is done; its curve is in {config.out}/{config.dataset}.png")
     return records[: config.rounds]
 
@@ -1313,14 +1323,15 @@ def comparable(config):
 
 # ---- 10. Pictures
 def palette(colours):
-    """RGB (256, 3) of the classes and of void: `colours` in hex, then random ones."""
+    """RGB (256, 3) of classes, unknown and void: `colours` in hex, then random ones."""
     rgb = bytes.fromhex(colours)
-    rgb += np.random.default_rng(38683).bytes(768)[len(rgb) :]  # void is pale
+    rgb += np.random.default_rng(0).bytes(762 - len(rgb))
+    rgb += bytes.fromhex("e6e6e6 e6e6e6")  # unknown and void are pale
     return np.frombuffer(rgb, np.uint8).reshape(256, 3)
 
 
 def draw_masks(folder, pool, model):
-    """Write the predicted classes of every photograph, in its size: indexed PNGs."""
+    """Write the predicted classes of each photograph, an indexed PNG of its size."""
     for name in pool.paths:
         photo, image = pool.photo(name)
         pred_hw = predict(model, pil_to_tensor(image))
@@ -1351,7 +1362,7 @@ def draw_curves(path, runs):
 
 # ---- 11. The page on which a person labels the pixels of a round
 def data_uri(image):
-    """An image, of at most 1000 pixels a side, as a JPEG in a line of text."""
+    """An image as the text of a JPEG; it is shrunk to at most 1000 pixels a side."""
     file = io.BytesIO()
     image.thumbnail((1000, 1000))
     image.save(file, "jpeg", quality=85, subsampling=0)
@@ -1493,7 +1504,7 @@ if dist.is_torchelastic_launched():  # a cluster's scheduler has other uses for 
 
 
 def start_ranks(device):
-    """Connect the processes of torchrun, a GPU each."""
+    """Connect the processes of torchrun; with CUDA each has a GPU of its own."""
     if WORLD == 1 or dist.is_initialized():
         return
     backend = "gloo"
@@ -1556,7 +1567,9 @@ def main(argv=None):
     except (InputError, OSError, ImportError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, too
-        if not re.search("MemoryError|can't allocate memory", repr(error)):
+        if not re.search(
+            "MemoryError|can't allocate memory|MPS backend out of memory", repr(error)
+        ):
             raise
         message = "out of memory: use a smaller --batch-size, or --size in a new --out"
     finally:

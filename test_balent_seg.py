@@ -919,6 +919,9 @@ PRESETS = """
 --dataset camvid              | cuda | fcn_resnet50 360 10 50 imagenet 0.0005 True
 --dataset camvid --arch small | cuda | small 120 5 20 none 0.002 True
 --rounds 7                    | cuda | small 96 7 20 none 0.002 True
+--dataset cityscapes          | cuda | fcn_resnet50 256 10 50 imagenet 0.0005 True
+--dataset voc2012             | mps  | fcn_resnet50 512 10 50 imagenet 0.0005 False
+--dataset ade20k              | mps  | fcn_resnet50 512 10 50 imagenet 0.0005 False
 """
 
 
@@ -975,7 +978,7 @@ rm trainannot/train1.png                 | train1.png is missing; .* holds ..tra
 mv train x                               | train/. is missing; .* holds .*classes.txt
 cp small.png trainannot/train1.png       | is .64, 20.; expected .64, 48., as its
 cp train/train1.png trainannot           | train1.png has the mode RGB; expected one
-cp fifty.png trainannot/train1.png       | train1.png has pixels of 50
+cp nine.png trainannot/train1.png       | train1.png has pixels of 9
 cp red.png trainannot/train0.png; cp blue.png trainannot/train3.png | train0.png and .*train3.png have different palettes
 head -c 60 void.png > trainannot/train1.png | train1.png cannot be read as a picture
 cp void.png trainannot/train1.png        | train1.png was
@@ -999,7 +1002,7 @@ printf '\377'    > $RUN/round-00/labels.csv | labels.csv cannot be read
 def test_bad_data_get_one_line(spoil, message, refusal, copied, folder):
     label_HW = np.zeros((48, 64), np.uint8)
     Image.fromarray(label_HW[:20]).save(folder / "small.png")
-    Image.fromarray(label_HW + 50).save(folder / "fifty.png")
+    Image.fromarray(label_HW + 9).save(folder / "nine.png")
     Image.fromarray(label_HW + bs.IGNORE).save(folder / "void.png")
     for name in ("red", "blue"):
         mask = Image.new("P", (64, 48))
