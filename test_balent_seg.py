@@ -600,7 +600,7 @@ OFFICIAL = [
         ["training", "validation"],
         "images/{0}/{0}.jpg",
         "annotations/{0}/{0}.png",
-        {1: 0, 150: 149, 0: 255},
+        {150: 149, 151: 255, 0: 255},
         "thing150",
     ),
 ]
@@ -919,6 +919,7 @@ PRESETS = """
 --dataset camvid              | cuda | fcn_resnet50 360 10 50 imagenet 0.0005 True
 --dataset camvid --arch small | cuda | small 120 5 20 none 0.002 True
 --rounds 7                    | cuda | small 96 7 20 none 0.002 True
+--arch fcn_resnet50           | cpu  | fcn_resnet50 288 10 50 imagenet 0.0005 False
 --dataset cityscapes          | cuda | fcn_resnet50 256 10 50 imagenet 0.0005 True
 --dataset voc2012             | mps  | fcn_resnet50 512 10 50 imagenet 0.0005 False
 --dataset ade20k              | mps  | fcn_resnet50 512 10 50 imagenet 0.0005 False
