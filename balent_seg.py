@@ -158,9 +158,8 @@ def balanced_entropy(mean, var, dim=1):
     eps = torch.finfo(dtype).eps
     entropy = torch.special.entr(mean).sum(dim)
     mjent = entropy  # CHOICE 1: H once
-    for p, v in zip(
-        mean.unbind(dim), var.unbind(dim)
-    ):  # a class at a time: less memory
+    # A class at a time, which saves memory.
+    for p, v in zip(mean.unbind(dim), var.unbind(dim)):
         m = p.clamp(eps, 1 - eps)
         s = (m * (1 - m) / v.clamp(min=eps**2) - 1).clamp(min=eps)
         mjent = mjent + p * beta_entropy(m * s + 1, (1 - m) * s)
@@ -319,9 +318,8 @@ class MCDropoutFCN(nn.Module):
         The trunk runs once, and the memory does not grow with `samples`. Leaves the
         network in eval mode.
         """
-        feature_BDhw = (
-            self.eval().features(x_B3HW).contiguous()
-        )  # draws are a third faster
+        # In one layout, contiguous, the draws are a third faster.
+        feature_BDhw = self.eval().features(x_B3HW).contiguous()
         # CHOICE 5: a draw drops channels everywhere: one classifier for all positions.
         generator = torch.Generator().manual_seed(seed)
         chance_TD = torch.rand(samples, feature_BDhw.shape[1], generator=generator)
@@ -577,9 +575,8 @@ class Dataset(NamedTuple):
     labels: str = "{}annot/*"
     listed: str = ""  # the file that lists the frames of a split; else all count
     splits: tuple = ("train", "test")
-    ids: list = range(
-        IGNORE
-    )  # of the classes in masks; others up to the last + 1, and 255, are void
+    # of the classes in masks; others up to the last + 1, and 255, are void
+    ids: list = range(IGNORE)
     # of the classes, in hex: by default those of VOC2012; random where they end
     colours: str = (
         "000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000"
@@ -656,9 +653,8 @@ DATASETS = {
 def fetch(row, folder):
     """Download and unpack a dataset: all of its folder, or nothing."""
     problem = f"{folder} does not exist: {row.advice}"
-    if (
-        folder.is_symlink() or folder.name == folder.parent.name
-    ):  # --root is the dataset itself
+    # a broken link, or --root is the dataset itself
+    if folder.is_symlink() or folder.name == folder.parent.name:
         raise InputError(problem)
     for url in row.urls:
         say(f"{folder} does not exist: fetching {url}")
@@ -693,6 +689,7 @@ def synthetic_scene(seed):
     x, y = rng.uniform((80, 100), (300, 160))  # where the road ends
     draw.rectangle((0, y, 384, 288), 3)
     draw.polygon((x, y, x + 130, 288, x - 130, 288), 2)
+    # class, width, height
     things = ((1, 64, 96), (4, 60, 72), (5, 2, 96), (6, 18, 18), (7, 12, 33))
     for k, width, height in things:
         shape = draw.rectangle if k in (1, 5) else draw.ellipse
@@ -856,9 +853,9 @@ def open_dataset(name, root, size, asking=False):
 
 
 # ---- 9. Experiment: settings, rounds, and the files of a run
-# Settings that may change as a run goes on
+# What is not compared when a run goes on ("run": all settings, and versions)
 FREE = {"rounds", "root", "workers", "device", "amp", "out", "run"}
-# Settings that may change, too, where a person labels: all rounds are trained anew
+# With --oracle human these may change, too; then every round is trained again
 TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr"}
 # Settings in which the runs of one figure may differ
 PICKING = {"acquisition", "supervised", "pixels", "top", "seed"}
@@ -913,7 +910,7 @@ class Config:
         self.size = list(self.size)
         if self.supervised:
             self.rounds = 1
-            self.acquisition = Config.acquisition  # for the panel
+            self.acquisition = Config.acquisition  # the panel shows its score
         self.check(best)
 
     def check(self, best):
@@ -1002,43 +999,43 @@ def differences(old, new):
 
 
 def check_config(config, pool, test):
-    """Record in config.json what the run is made from, and return what may not change.
+    """Record in config.json what the run is made from, and return it.
 
     That is settings, classes, and a checksum of every file. Refuses what differs from
-    what was recorded before.
+    what was recorded before, where it may not.
     """
-    made = {
+    recipe = {
         name: str(value) for name, value in vars(config).items() if name not in FREE
     }
-    run = f"{config}, torch {torch.__version__}, numpy {np.__version__}"
+    details = f"{config}, torch {torch.__version__}, numpy {np.__version__}"
     if os.path.isfile(config.weights):
-        made["weights"] = str(zlib.crc32(Path(config.weights).read_bytes()))
+        recipe["weights"] = str(zlib.crc32(Path(config.weights).read_bytes()))
     for k, name in enumerate(pool.classes):
-        made[f"class {k}"] = name
+        recipe[f"class {k}"] = name
     files = itertools.chain(*pool.paths.values(), *test.paths.values())
     for path in filter(None, files):
-        made[os.path.relpath(path, config.root)] = str(zlib.crc32(path.read_bytes()))
+        recipe[os.path.relpath(path, config.root)] = str(zlib.crc32(path.read_bytes()))
 
-    old = read_config(config.folder) or made
-    free = FREE
+    old = read_config(config.folder) or recipe
+    may_differ = FREE
     # A person may add images and classes. Until a round is done nothing is trained.
     if config.oracle == "human" or not read_metrics(config.folder):
-        free = FREE | TRAINING | (made.keys() - old.keys())
-    differ = sorted(differences(old, made) - free)
+        may_differ = FREE | TRAINING | (recipe.keys() - old.keys())
+    differ = sorted(differences(old, recipe) - may_differ)
     if differ:
-        was = f"{differ[0]} was {old.get(differ[0])}, is {made.get(differ[0])}"
+        was = f"{differ[0]} was {old.get(differ[0])}, is {recipe.get(differ[0])}"
         raise InputError(f"{config.folder}: {was}: undo that, or use another --out")
     if RANK == 0:
         with replacing(config.folder / "config.json") as part:
-            part.write_text(json.dumps(made | {"run": run}, indent=1))
-    return made
+            part.write_text(json.dumps(recipe | {"run": details}, indent=1))
+    return recipe
 
 
 def read_frames(config, frames, title, order=None):
     """The frames in this order, or a rank's part of all, read ahead in threads."""
     if order is None:
         order = range(RANK, len(frames), WORLD)
-    ahead = 64  # frames that the threads read while the first is used
+    ahead = 64  # frames that the threads read at a time
     bar = tqdm(total=len(order), desc=title, leave=False, disable=RANK > 0 or None)
     with bar, ThreadPoolExecutor(max(1, config.workers)) as threads:
         for start in range(0, len(order), ahead):
@@ -1094,7 +1091,8 @@ def prepare(config):
         say("dropout 0: all draws agree, so bald, power_bald and mean_std mean nothing")
     initial = make_model(config, pool.classes)
     for frames in (pool, test):
-        if len(frames) * math.prod(config.size) < 1e9:  # pixels of 4 bytes: 4 GB
+        # pixels of 4 bytes: 4 GB a split
+        if len(frames) * math.prod(config.size) < 1e9:
             frames.held = list(read_frames(config, frames, "read", range(len(frames))))
     return pool, test, initial
 
@@ -1225,7 +1223,7 @@ def write_round(config, pool, model, labels, records):
     record = records[-1]
     state = {"classes": pool.classes, "state_dict": model.state_dict()}
     with replacing(config.folder / "model.pt") as part:
-        torch.save(record | vars(config) | state, part)  # pixels: the setting
+        torch.save(record | vars(config) | state, part)  # of both "pixels" the setting
     draw_panel(config, pool, model, labels, record)
     if config.oracle == "human":
         draw_masks(round_file(config, record["round"], "masks"), pool, model)
@@ -1272,7 +1270,7 @@ def run(config):
     """
     pool, test, initial = prepare(config)
     labelled = survey(config, pool)  # pixels, for full supervision
-    made = check_config(config, pool, test)
+    recipe = check_config(config, pool, test)
     labels = {name: {} for name in pool.paths}  # name -> {(y, x): class}
     records = read_metrics(config.folder)
     model = None
@@ -1281,10 +1279,10 @@ def run(config):
         if not config.supervised and label_round(config, pool, model, labels, r):
             return records[:r]
         rows = [sorted(pixels.items()) for pixels in labels.values()]
-        key = number(f"{rows} {made}")
-        is_last = r + 1 == config.rounds  # else its network has to pick what comes next
-        asked = is_last or round_file(config, r + 1, "labels.csv").exists()
-        if asked and r < len(records) and records[r].get("labels") == key:
+        key = number(f"{rows} {recipe}")
+        is_last = r + 1 == config.rounds  # then its network picks no pixels
+        picked = is_last or round_file(config, r + 1, "labels.csv").exists()
+        if picked and r < len(records) and records[r].get("labels") == key:
             continue  # done; a corrected label would change this and the later keys
 
         # Train from the initial weights on all labels so far.
