@@ -9,7 +9,7 @@ Paper  Didari et al.: Bayesian Active Learning for Semantic Segmentation, 2024,
 Score  Woo: Active Learning in Bayesian Neural Networks with Balanced Entropy Learning
        Principle, ICLR 2023, arXiv:2105.14559
 Read   section 1, the score; section 3, the network and its moments; section 7, the
-       picks; `run` in section 9, the loop
+       picks; `run` in section 11, the loop
 
 Dimensions in the names of tensors: B image of a batch, C class, D feature channel,
 T draw of the weights, N point, H and W pixel of an image, h and w position of a smaller
@@ -68,7 +68,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255  # the class of void pixels and padding: never picked, learned or evaluated
 UNKNOWN = 254  # of pixels that a person has yet to label; of ids that are no class
+
+RANK = 0  # of this process, and
+WORLD = 1  # the number of processes: more than one with torchrun
+if dist.is_torchelastic_launched():  # a cluster's scheduler has other uses for RANK
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
 
 
 class InputError(ValueError):
@@ -187,48 +193,48 @@ class Moments(NamedTuple):
     cond_entropy_BHW: Tensor  # E[H(P)], in nats
 
 
-def _balent(moments, generator=None):
+def _balent(moments):
     return balent_acquisition(moments.mean_BCHW, moments.var_BCHW)
 
 
-def _random(moments, generator=None):
+def _random(moments):
     """Uniform on [0, 1); drawn on the CPU, so every device picks the same pixels."""
     like_BHW = moments.cond_entropy_BHW
-    return torch.rand(like_BHW.shape, generator=generator).to(like_BHW.device)
+    return torch.rand(like_BHW.shape).to(like_BHW.device)
 
 
-def _entropy(moments, generator=None):
+def _entropy(moments):
     """H(m), in nats."""
     return torch.special.entr(moments.mean_BCHW).sum(1)
 
 
-def _margin(moments, generator=None):
+def _margin(moments):
     """Second largest minus largest mean probability."""
     best_B2HW = moments.mean_BCHW.topk(2, 1).values
     return best_B2HW[:, 1] - best_B2HW[:, 0]
 
 
-def _least_confidence(moments, generator=None):
+def _least_confidence(moments):
     return 1 - moments.mean_BCHW.amax(1)
 
 
-def _bald(moments, generator=None):
+def _bald(moments):
     """H(m) - E[H(P)]: mutual information of label and weights (Houlsby et al. 2011)."""
     return (_entropy(moments) - moments.cond_entropy_BHW).clamp(min=0)
 
 
-def _power_bald(moments, generator=None):
+def _power_bald(moments):
     """BALD / Exp(1) noise: picks in proportion to BALD (Kirsch et al. 2023)."""
-    noise_BHW = -_random(moments, generator).log()
+    noise_BHW = -_random(moments).log()
     return _bald(moments) / noise_BHW
 
 
-def _mean_std(moments, generator=None):
+def _mean_std(moments):
     """Standard deviation, averaged over the classes (Kampffmeyer et al. 2016)."""
     return moments.var_BCHW.sqrt().mean(1)
 
 
-# Each takes Moments and a torch.Generator, which only the random ones use.
+# The random ones draw from torch's generator: torch.manual_seed determines them.
 ACQUISITIONS = {
     "balent": _balent,
     "random": _random,
@@ -366,15 +372,10 @@ def number(text):
     return zlib.crc32(text.encode())
 
 
-def stream(purpose):
-    """A generator seeded by a text such as "order 0 3": each purpose has its own."""
-    return torch.Generator().manual_seed(number(purpose))
-
-
 def read_text(path):
-    """The text of a file in UTF-8, with or without a byte order mark."""
+    """The text of a file in UTF-8, with or without its mark; "" if there is no file."""
     with input_error(f"{path} cannot be read: expected a text in UTF-8"):
-        return path.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig") if path.exists() else ""
 
 
 def add_labels(labels, path, classes, size):
@@ -384,34 +385,28 @@ def add_labels(labels, path, classes, size):
     """
     numbers = {"": None, "void": IGNORE}
     for k, name in enumerate(classes):
-        numbers[str(k)] = k
         numbers[name.casefold()] = k
     H, W = size
     expected = (
         f"expected image,y,x,label: the name of a training image, y from 0 to {H - 1}, "
-        f"x from 0 to {W - 1}, as label {', '.join(classes)}, a number below "
-        f"{len(classes)} or void"
+        f"x from 0 to {W - 1}, as label {', '.join(classes)} or void"
     )
-    text = read_text(path)
-    with input_error(f"{path} cannot be read: expected a table"):
-        header, *lines = csv.reader(io.StringIO(text))
-    if header != HEADER:
+    table = csv.DictReader(read_text(path).splitlines())
+    if table.fieldnames != HEADER:
         raise InputError(f"{path}:1: expected the header image,y,x,label")
     rows = []
-    for line_number, cells in enumerate(lines, 2):
-        line = f"{path}:{line_number}: {','.join(cells):.80}"
-        if not cells:
-            continue  # a blank line
+    for cells in table:
+        line = f"{path}:{table.line_num}: {cells!s:.99}"
         with input_error(f"{line}: {expected}"):
-            name, y, x, label = cells
             # index() is an error where the number is not in the range.
-            pixel = (range(H).index(int(y)), range(W).index(int(x)))
-            k = numbers[label.strip().casefold()]
-            labelled = labels[name]
-        if pixel in labelled:
+            y = range(H).index(int(cells["y"]))
+            x = range(W).index(int(cells["x"]))
+            k = numbers[cells["label"].strip().casefold()]
+            labelled = labels[cells["image"]]
+        if (y, x) in labelled:
             raise InputError(f"{line}: the pixel has a row already: take one out")
-        labelled[pixel] = k
-        rows.append([name, *pixel, k])
+        labelled[y, x] = k
+        rows.append([cells["image"], y, x, k])
     return rows
 
 
@@ -534,14 +529,14 @@ def predict(model, image_3HW):
 
 
 # ---- 7. Acquisition: score the pixels of an image, and pick the best
-def score_pixels(model, acquisition, image_3HW, samples, generator):
+def score_pixels(model, acquisition, image_3HW, samples):
     """score_HW on the CPU of an image in uint8, by a name of ACQUISITIONS."""
     shape = (1, *image_3HW.shape[1:])
     moments = Moments(None, None, torch.zeros(shape))
     if acquisition != "random":  # which looks at a shape alone, so needs no network
-        seed = torch.randint(2**31, (), generator=generator).item()
+        seed = torch.randint(2**31, ()).item()
         moments = model.mc_moments(image_3HW[None] / 255, samples, seed)  # CHOICE 7
-    score_BHW = ACQUISITIONS[acquisition](moments, generator).cpu()
+    score_BHW = ACQUISITIONS[acquisition](moments).cpu()
     if score_BHW.shape != shape or score_BHW.isnan().any():
         raise InputError(
             f"{acquisition} gives shape {score_BHW.shape} with "
@@ -550,18 +545,18 @@ def score_pixels(model, acquisition, image_3HW, samples, generator):
     return score_BHW[0]
 
 
-def pick_pixels(score_HW, free_HW, count, top=0.0, generator=None):
+def pick_pixels(score_HW, free_HW, count, top=0.0):
     """yx_N2 of the `count` best free pixels, best first; ties are broken at random.
 
     With `top` they are drawn at random from that best part of the free pixels.
     """
     free_N2 = free_HW.nonzero()
-    free_N2 = free_N2[torch.randperm(len(free_N2), generator=generator)]
+    free_N2 = free_N2[torch.randperm(len(free_N2))]
     y_N, x_N = free_N2.T
     best_N = score_HW[y_N, x_N].argsort(descending=True, stable=True)
     if top > 0:
         best_N = best_N[: max(count, round(top * len(best_N)))]
-        best_N = best_N[torch.randperm(len(best_N), generator=generator)]
+        best_N = best_N[torch.randperm(len(best_N))]
     return free_N2[best_N[:count]]
 
 
@@ -656,8 +651,7 @@ DATASETS = {
 def fetch(row, folder):
     """Download and unpack a dataset: all of its folder, or nothing."""
     problem = f"{folder} does not exist: {row.advice}"
-    # a broken link, or --root is the dataset itself
-    if folder.is_symlink() or folder.name == folder.parent.name:
+    if folder.is_symlink():  # to nowhere
         raise InputError(problem)
     for url in row.urls:
         say(f"{folder} does not exist: fetching {url}")
@@ -741,7 +735,7 @@ class Frames:
     def photo(self, name):
         """A photograph in RGB (alpha is dropped), upright; and it in the working size."""
         photo = open_picture(self.paths[name][0])
-        if photo.mode.startswith(("I", "F")):
+        if photo.mode[0] in "IF":
             raise InputError(f"{name} has the mode {photo.mode}: over 8 bits a channel")
         photo = ImageOps.exif_transpose(photo).convert("RGB")
         image = photo.copy()
@@ -790,7 +784,7 @@ def read_classes(path, class_line):
     """The names of the classes in a file, of all lines that match."""
     classes = re.findall(class_line, read_text(path), re.MULTILINE)
     names = {name.casefold() for name in classes}
-    odd = [name for name in names if re.fullmatch(r"\d+|void|.*[,\t].*", name)]
+    odd = [name for name in names if name == "void" or "," in name]
     if odd or len(names) < len(classes) or len(names) not in range(2, IGNORE):
         raise InputError(
             f"{path}: {len(classes)} names, {len(names)} different, not names: {odd}; "
@@ -799,7 +793,7 @@ def read_classes(path, class_line):
     return classes
 
 
-def list_frames(row, root, split, asking):
+def list_frames(row, root, split, human):
     """{name: (image, mask)} of a split; whether they all exist is not checked."""
     folder, end = f"{root}/{row.images.format(split)}".rsplit("*", 1)
     pattern = row.labels.format(split)
@@ -812,7 +806,7 @@ def list_frames(row, root, split, asking):
             others.append(file)
             continue
         mask = root / f"{pattern.replace('*', name)}.png"
-        if asking and (split == row.splits[0] or not mask.exists()):
+        if human and split == row.splits[0]:
             mask = None
         paths[name] = (Path(folder, file), mask)
     if others:
@@ -821,20 +815,22 @@ def list_frames(row, root, split, asking):
             f"{others[0]} ..."
         )
     if row.listed:
-        names = read_text(root / row.listed.format(split)).split()
-        paths = {name: paths.get(name, (Path(folder, name), None)) for name in names}
+        listed = root / row.listed.format(split)
+        with input_error(f"{listed}: expected names of pictures in {folder}"):
+            paths = {name: paths[name] for name in read_text(listed).split()}
     return paths
 
 
 def missing(path):
     """The error that a file does not exist, with the names of some that do."""
     folder = next(filter(Path.exists, path.parents))
-    names = sorted(os.listdir(folder))
-    return InputError(f"{path} is missing; {folder} holds {names[:5]} ...")
+    return InputError(
+        f"{path} is missing; {folder} holds {sorted(os.listdir(folder))[:5]} ..."
+    )
 
 
-def open_dataset(name, root, size, asking=False):
-    """The pool and the test Frames in `root`; `asking`: a person labels the pool."""
+def open_dataset(name, root, size, human=False):
+    """The pool and the test Frames in `root`; `human`: a person labels the pool."""
     row = DATASETS[name]
     classes = row.classes.split(", ")
     if not row.classes:
@@ -846,8 +842,8 @@ def open_dataset(name, root, size, asking=False):
     palettes = {}
     splits = []
     for split in row.splits:
-        paths = list_frames(row, root, split, asking)
-        if not paths and not (asking and splits):  # a person needs no test images
+        paths = list_frames(row, root, split, human)
+        if not paths and not (human and splits):  # a person needs no test images
             raise missing(root / row.images.format(split))
         splits.append(
             Frames(classes, palette(row.colours), paths, class_of, palettes, size)
@@ -855,15 +851,7 @@ def open_dataset(name, root, size, asking=False):
     return splits
 
 
-# ---- 9. Experiment: settings, rounds, and the files of a run
-# What is not compared when a run goes on ("run": all settings, and versions)
-FREE = {"rounds", "root", "workers", "device", "amp", "out", "run"}
-# With --oracle human these may change, too; then every round is trained again
-TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr"}
-# Settings in which the runs of one figure may differ
-PICKING = {"acquisition", "supervised", "pixels", "top", "seed"}
-
-
+# ---- 9. Settings: a line each; some defaults depend on the machine
 @dataclass
 class Config:
     """The settings of a run. The comments are the text of --help."""
@@ -894,6 +882,8 @@ class Config:
         best = str(torch.accelerator.current_accelerator(True) or "cpu")
         if self.device == "auto":
             self.device = best
+        if self.device not in (best, "cpu"):
+            raise InputError(f"--device {self.device} is not there: auto takes {best}")
         if self.arch is None:
             modest = self.device == "cpu" or self.dataset == "synthetic"
             self.arch = "small" if modest else "fcn_resnet50"
@@ -910,35 +900,26 @@ class Config:
         for name, value in default.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.size = list(self.size)
         if self.supervised:
             self.rounds = 1
-            self.acquisition = Config.acquisition  # the panel shows its score
-        self.check(best)
+        self.check()
 
-    def check(self, best):
+    def check(self):
         """Refuse what is out of range or does not go together."""
         for name, value in vars(self).items():
-            below = {int: 2**63, float: 1}.get(type(value))
-            if below and not 0 <= value < below:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: {value}: expected from 0 to below {below}")
-        if min(self.rounds, self.pixels, self.mc_samples, self.batch_size) < 1:
-            raise InputError(
-                f"--rounds {self.rounds}, --pixels {self.pixels}, --mc-samples "
-                f"{self.mc_samples}, --batch-size {self.batch_size}: expected 1 or more"
-            )
-        if self.device not in (best, "cpu"):
-            raise InputError(f"--device {self.device} is not there: auto takes {best}")
+            low = 1 if name in ("rounds", "pixels", "mc_samples") else 0
+            high = {int: 2**63, float: 1}.get(type(value))
+            if high and not low <= value < high:
+                raise InputError(
+                    f"{name} {value}: expected {low} or more, below {high}"
+                )
         if min(self.size) < 16:
-            raise InputError(f"--size: {self.size}: expected 16 or more")
-        if self.batch_size % WORLD:
+            raise InputError(f"size {self.size}: expected 16 or more")
+        if self.batch_size % WORLD or self.batch_size < 2 * WORLD:
             raise InputError(
-                f"--batch-size: {self.batch_size}: expected a multiple of {WORLD}, the "
-                "number of processes"
+                f"batch_size {self.batch_size}: expected the same for each process (now "
+                f"{WORLD}), and at least 2 images, for BatchNorm"
             )
-        if self.arch.startswith("deeplab") and self.batch_size < 2 * WORLD:
-            raise InputError(f"--batch-size: {self.arch} needs 2 images a process")
         if self.oracle == "human" and self.supervised:
             raise InputError("--oracle human: expected no --supervised")
 
@@ -953,34 +934,34 @@ class Config:
         return Path(f"{self.out}/{self.dataset}-{name}-seed{self.seed}")
 
 
+# ---- 10. Files of a run: each is written whole or not at all
+# Settings that config.json does not record; "run" is a line in it for the reader alone
+FREE = {"rounds", "root", "workers", "device", "amp", "out", "run"}
+# What a person who labels may change: every round is then trained again
+TRAINING = {"arch", "weights", "dropout", "epochs", "batch_size", "lr", "classes"}
+# Settings in which the runs of one figure may differ
+PICKING = {"acquisition", "supervised", "pixels", "top", "seed"}
+
+
 @contextmanager
 def replacing(path):
     """A temporary path that becomes `path` after the block: the whole file, or none."""
     part = path.with_name(f".{path.name}")  # what a killed run leaves, the next takes
     with input_error(f"{path} cannot be written, or another process writes there"):
         os.makedirs(path.parent, exist_ok=True)
-        try:
-            yield part
-            os.replace(part, path)
-        finally:
-            if part.is_file():
-                part.unlink()
+        yield part
+        os.replace(part, path)
 
 
 def write_csv(path, rows):
     """Write rows of cells, with the mark by which spreadsheets know UTF-8."""
-    with (
-        replacing(path) as part,
-        part.open("w", encoding="utf-8-sig", newline="") as file,
-    ):
-        csv.writer(file).writerows(rows)
+    with replacing(path) as part, part.open("w", encoding="utf-8-sig", newline="") as f:
+        csv.writer(f).writerows(rows)
 
 
 def read_metrics(folder):
     """The rows of metrics.csv, each a dict of numbers; none if there is no file."""
     path = folder / "metrics.csv"
-    if not path.exists():
-        return []
     records = []
     with input_error(f"{path} is damaged: delete it, and its rounds are trained again"):
         for row in csv.DictReader(read_text(path).splitlines()):
@@ -992,8 +973,7 @@ def read_config(folder):
     """What config.json says that a run is made from, as text; {} if there is none."""
     path = folder / "config.json"
     with input_error(f"{path} is damaged: put it back, or use another --out"):
-        text = read_text(path) if path.exists() else "{}"
-        return {name: str(value) for name, value in json.loads(text).items()}
+        return dict(json.loads(read_text(path) or "{}"))
 
 
 def differences(old, new):
@@ -1010,41 +990,53 @@ def check_config(config, pool, test):
     recipe = {
         name: str(value) for name, value in vars(config).items() if name not in FREE
     }
-    details = f"{config}, torch {torch.__version__}, numpy {np.__version__}"
-    if os.path.isfile(config.weights):
-        recipe["weights"] = str(zlib.crc32(Path(config.weights).read_bytes()))
-    for k, name in enumerate(pool.classes):
-        recipe[f"class {k}"] = name
-    files = itertools.chain(*pool.paths.values(), *test.paths.values())
-    for path in filter(None, files):
-        recipe[os.path.relpath(path, config.root)] = str(zlib.crc32(path.read_bytes()))
+    recipe["classes"] = ", ".join(pool.classes)
+    pairs = [*pool.paths.values(), *test.paths.values(), [Path(config.weights)]]
+    for path in itertools.chain(*pairs):
+        if path and path.is_file():  # no mask; --weights none
+            name = os.path.relpath(path, config.root)
+            recipe[name] = str(zlib.crc32(path.read_bytes()))
 
     old = read_config(config.folder) or recipe
-    may_differ = FREE
+    differ = differences(old, recipe) - FREE
     # A person may add images and classes. Until a round is done nothing is trained.
     if config.oracle == "human" or not read_metrics(config.folder):
-        may_differ = FREE | TRAINING | (recipe.keys() - old.keys())
-    differ = sorted(differences(old, recipe) - may_differ)
+        differ = differ - TRAINING - (recipe.keys() - old.keys())
     if differ:
-        was = f"{differ[0]} was {old.get(differ[0])}, is {recipe.get(differ[0])}"
-        raise InputError(f"{config.folder}: {was}: undo that, or use another --out")
+        name = min(differ)
+        raise InputError(
+            f"{config.folder}: {name} was {old.get(name)}, is {recipe.get(name)}: undo "
+            "that, or use another --out"
+        )
     if RANK == 0:
         with replacing(config.folder / "config.json") as part:
+            details = f"{config}, torch {torch.__version__}, numpy {np.__version__}"
             part.write_text(json.dumps(recipe | {"run": details}, indent=1))
     return recipe
 
 
+def write_round(config, pool, model, labels, records):
+    """Write the files of the last round. When metrics.csv has its line, it is done."""
+    record = records[-1]
+    state = {"classes": pool.classes, "state_dict": model.state_dict()}
+    with replacing(config.folder / "model.pt") as part:
+        torch.save(record | vars(config) | state, part)  # of both "pixels" the setting
+    draw_panel(config, pool, model, labels, record)
+    if config.oracle == "human":
+        draw_masks(config.folder / f"round-{record['round']:02d}/masks", pool, model)
+    rows = [row.values() for row in records]
+    write_csv(config.folder / "metrics.csv", [record.keys(), *rows])
+
+
+# ---- 11. Experiment: label, train, evaluate, round by round
 def read_frames(config, frames, title, order=None):
     """The frames in this order, or a rank's part of all, read ahead in threads."""
     if order is None:
         order = range(RANK, len(frames), WORLD)
-    ahead = 64  # frames that the threads read at a time
-    bar = tqdm(total=len(order), desc=title, leave=False, disable=RANK > 0 or None)
-    with bar, ThreadPoolExecutor(max(1, config.workers)) as threads:
-        for start in range(0, len(order), ahead):
-            part = order[start : start + ahead]
-            yield from threads.map(frames.__getitem__, part)
-            bar.update(len(part))
+    starts = range(0, len(order), 32)  # the threads read 32 frames ahead
+    with ThreadPoolExecutor(config.workers or 1) as threads:
+        for start in tqdm(starts, title, leave=False, disable=RANK > 0 or None):
+            yield from threads.map(frames.__getitem__, order[start : start + 32])
 
 
 def make_model(config, classes):
@@ -1111,9 +1103,8 @@ def survey(config, pool):
     told = [f"{name} {share:.1%}" for name, share in zip(pool.classes[:20], share_256)]
     if config.oracle == "truth":
         say(
-            f"training masks: {', '.join(told)}; void or padding "
-            f"{share_256[IGNORE]:.1%}; {(share_256[:C] == 0).sum()} of {C} classes never "
-            "occur"
+            f"training masks: {', '.join(told)}; void {share_256[IGNORE]:.1%} (with "
+            f"padding); {(share_256[:C] == 0).sum()} of {C} classes never occur"
         )
     if share_256[IGNORE] == 1:
         raise InputError("every pixel of the training masks is void: check them")
@@ -1123,10 +1114,11 @@ def survey(config, pool):
 def training_batches(config, pool, labels, steps, r):
     """Batches (image_B3HW, points_BN3) of a round, all of them full, for BatchNorm."""
     count = steps * config.batch_size
-    shuffle = stream(f"order {config.seed} {r}")
+    torch.manual_seed(number(f"order {config.seed} {r}"))
     order = []
     while len(order) < count:
-        order += torch.randperm(len(pool), generator=shuffle).tolist()
+        order += torch.randperm(len(pool)).tolist()
+    torch.manual_seed(number(f"train {config.seed} {r} {RANK}"))  # dropout and views
     frames = read_frames(config, pool, f"round {r}: train", order[RANK:count:WORLD])
     for _ in range(steps):
         batch = itertools.islice(frames, config.batch_size // WORLD)
@@ -1146,12 +1138,11 @@ def fit(config, pool, initial, labels, r):
     parallel = model
     if WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(model)
-    torch.manual_seed(number(f"train {config.seed} {r} {RANK}"))  # of dropout and views
     batches = training_batches(config, pool, labels, steps, r)
     loss = train(parallel, batches, optimizer, steps)
     predict(parallel, pool[0][1])  # stops if it diverged; DDP syncs BatchNorm
-    loss = sum(gather(loss)) / WORLD
-    return model, {"loss": loss, "seconds": time.time() - clock}
+    seconds = time.time() - clock
+    return model, {"loss": sum(gather(loss)) / WORLD, "seconds": seconds}
 
 
 def evaluate(config, model, test):
@@ -1169,86 +1160,31 @@ def evaluate(config, model, test):
     return scores
 
 
-def choose(config, model, frame, labels, r):
+def score_and_pick(config, model, frame, labels, r):
     """score_HW of a frame for round r, and yx_N2 of its picks."""
     name, image_3HW, label_HW = frame
-    generator = stream(f"picks {config.seed} {r} {name}")
+    torch.manual_seed(number(f"picks {config.seed} {r} {name}"))
     acquisition = config.acquisition if r > 0 else "random"  # without a network yet
     top = config.top if r > 0 else 0.0
-    score_HW = score_pixels(model, acquisition, image_3HW, config.mc_samples, generator)
+    score_HW = score_pixels(model, acquisition, image_3HW, config.mc_samples)
     free_HW = label_HW != IGNORE
     for y, x in labels[name]:
         free_HW[y, x] = False
-    return score_HW, pick_pixels(score_HW, free_HW, config.pixels, top, generator)
-
-
-def draw_panel(config, pool, model, labels, record):
-    """Draw what the network of a round makes of three images, and what it asks next."""
-    from matplotlib.figure import Figure
-
-    r = record["round"]
-    figure = Figure((15, 8), layout="compressed")
-    figure.suptitle(
-        f"{config.folder.name}: labels of rounds 0 to {r}, prediction and score of the "
-        f"network of round {r} (mIoU {record['mIoU']:.3f}), picks of round {r + 1}"
-    )
-    grid = figure.subplots(3, 5)
-    for axes, i in zip(grid, (0, len(pool) // 2, -1)):
-        name, image_3HW, label_HW = pool[i]
-        score_HW, yx_N2 = choose(config, model, pool[i], labels, r + 1)
-        rank_HW = score_HW.flatten().argsort().argsort().view_as(score_HW)
-        image_HW3 = image_3HW.movedim(0, 2).numpy()
-        pictures = {
-            "image": image_HW3,
-            "truth": pool.colours[label_HW],
-            "prediction": pool.colours[predict(model, image_3HW)],
-            "score by rank, next picks": rank_HW.numpy(),
-            "labels": image_HW3,
-        }
-        for ax, title in zip(axes, pictures):
-            ax.axis("off")
-            ax.set_title(title)
-            ax.imshow(pictures[title])
-        y_N, x_N = yx_N2.T.numpy()
-        axes[3].plot(x_N, y_N, "ro", fillstyle="none")
-        y_N, x_N, class_N = to_points(labels[name]).T.numpy()
-        axes[4].scatter(x_N, y_N, 24, pool.colours[class_N] / 255, edgecolors="white")
-    for k, name in [*enumerate(pool.classes[:20]), (IGNORE, "void")]:
-        label = name.replace("$", r"\$")  # or mathematics would begin
-        grid[0, 0].plot([], [], "s", color=pool.colours[k] / 255, label=label)
-    figure.legend(loc="outside lower center", ncols=11)
-    with replacing(round_file(config, r, "panel.png")) as part:
-        figure.savefig(part)
-
-
-def write_round(config, pool, model, labels, records):
-    """Write the files of the last round. When metrics.csv has its line, it is done."""
-    record = records[-1]
-    state = {"classes": pool.classes, "state_dict": model.state_dict()}
-    with replacing(config.folder / "model.pt") as part:
-        torch.save(record | vars(config) | state, part)  # of both "pixels" the setting
-    draw_panel(config, pool, model, labels, record)
-    if config.oracle == "human":
-        draw_masks(round_file(config, record["round"], "masks"), pool, model)
-    rows = [row.values() for row in records]
-    write_csv(config.folder / "metrics.csv", [record.keys(), *rows])
-
-
-def round_file(config, r, name):
-    """The path of a file of round r."""
-    return Path(f"{config.folder}/round-{r:02d}/{name}")
+    return score_HW, pick_pixels(score_HW, free_HW, config.pixels, top)
 
 
 def label_round(config, pool, model, labels, r):
     """Add the labels of round r; returns how many a person still has to give."""
-    path = round_file(config, r, "labels.csv")
+    path = config.folder / f"round-{r:02d}/labels.csv"
     if not path.exists():
         picked = []
         for frame in read_frames(config, pool, f"round {r}: score"):
             name, _, label_HW = frame
-            _, yx_N2 = choose(config, model, frame, labels, r)
+            _, yx_N2 = score_and_pick(config, model, frame, labels, r)
             for y, x in yx_N2.tolist():
-                label = label_HW[y, x].item() if config.oracle == "truth" else ""
+                label = ""
+                if config.oracle == "truth":
+                    label = pool.classes[label_HW[y, x]]
                 picked.append((name, y, x, label))
         rows = sorted(itertools.chain(*gather(picked)))
         if RANK == 0:
@@ -1283,47 +1219,36 @@ def run(config):
         if not config.supervised and label_round(config, pool, model, labels, r):
             return records[:r]
         rows = [sorted(pixels.items()) for pixels in labels.values()]
-        key = number(f"{rows} {recipe}")
-        is_last = r + 1 == config.rounds  # then its network picks no pixels
-        picked = is_last or round_file(config, r + 1, "labels.csv").exists()
-        if picked and r < len(records) and records[r].get("labels") == key:
-            continue  # done; a corrected label would change this and the later keys
+        digest = number(f"{rows} {recipe}")  # of all that this round learns from
+        is_trained = r < len(records) and records[r]["digest"] == digest
+        is_picked = (config.folder / f"round-{r + 1:02d}/labels.csv").exists()
+        if is_trained and (is_picked or r + 1 == config.rounds):
+            continue  # nothing more is asked of its network
 
         # Train from the initial weights on all labels so far.
         if not config.supervised:
             labelled = sum(k != IGNORE for _, k in itertools.chain(*rows))
-        if labelled == 0:
-            raise InputError(f"{config.folder}: no labelled pixel has a class")
         model, training = fit(config, pool, initial, labels, r)
 
         # Evaluate on the test images, and write down.
         record = {"round": r, "pixels": labelled}
         record["pixels_per_image"] = labelled / len(pool)
-        record |= evaluate(config, model, test) | training | {"labels": key}
+        record |= evaluate(config, model, test) | training | {"digest": digest}
         records[r:] = [record]
         if RANK == 0:
             write_round(config, pool, model, labels, records)
         say(
-            f"round {r}: {labelled / len(pool):.1f} pixels an image, mIoU "
+            f"round {r}: {record['pixels_per_image']:.1f} pixels an image, mIoU "
             f"{record['mIoU']:.4f}, loss {record['loss']:.3f}, trained "
             f"{record['seconds']:.0f} s"
         )
     if RANK == 0:
-        draw_curves(Path(f"{config.out}/{config.dataset}.png"), comparable(config))
+        draw_curves(config.folder)
     say(f"{config.folder} is done; its curve is in {config.out}/{config.dataset}.png")
-    return records[: config.rounds]
+    return records
 
 
-def comparable(config):
-    """Name and metrics of the runs in --out that differ from this in picking alone."""
-    mine = read_config(config.folder)
-    for folder in sorted(Path(config.out).glob(f"{config.dataset}-*")):
-        records = read_metrics(folder)
-        if records and differences(read_config(folder), mine) <= FREE | PICKING:
-            yield folder.name, records
-
-
-# ---- 10. Pictures
+# ---- 12. Pictures
 def palette(colours):
     """RGB (256, 3) of classes, unknown and void: `colours` in hex, then random ones."""
     rgb = bytes.fromhex(colours)
@@ -1332,37 +1257,83 @@ def palette(colours):
     return np.frombuffer(rgb, np.uint8).reshape(256, 3)
 
 
+def draw_panel(config, pool, model, labels, record):
+    """Draw what the network of a round makes of three images, and what it asks next."""
+    from matplotlib.figure import Figure
+
+    r = record["round"]
+    figure = Figure((15, 8), layout="compressed")
+    figure.suptitle(
+        f"{config.folder.name}: labels of rounds 0 to {r}, prediction and score of the "
+        f"network of round {r} (mIoU {record['mIoU']:.3f}), picks of round {r + 1}"
+    )
+    grid = figure.subplots(3, 5)
+    for axes, i in zip(grid, (0, len(pool) // 2, -1)):
+        name, image_3HW, label_HW = pool[i]
+        score_HW, yx_N2 = score_and_pick(config, model, pool[i], labels, r + 1)
+        rank_HW = score_HW.flatten().argsort().argsort().view_as(score_HW)
+        image_HW3 = image_3HW.movedim(0, 2).numpy()
+        pictures = {
+            "image": image_HW3,
+            "truth": pool.colours[label_HW],
+            "prediction": pool.colours[predict(model, image_3HW)],
+            "score by rank, next picks": rank_HW.numpy(),
+            "labels": image_HW3,
+        }
+        for ax, title in zip(axes, pictures):
+            ax.axis("off")
+            ax.set_title(title)
+            ax.imshow(pictures[title])
+        y_N, x_N = yx_N2.T.numpy()
+        axes[3].plot(x_N, y_N, "ro", fillstyle="none")
+        y_N, x_N, class_N = to_points(labels[name]).T.numpy()
+        axes[4].scatter(x_N, y_N, 24, pool.colours[class_N] / 255, edgecolors="white")
+    for k, name in [*enumerate(pool.classes[:20]), (IGNORE, "void")]:
+        label = name.replace("$", r"\$")  # or mathematics would begin
+        grid[0, 0].plot([], [], "s", color=pool.colours[k] / 255, label=label)
+    figure.legend(loc="outside lower center", ncols=11)
+    with replacing(config.folder / f"round-{r:02d}/panel.png") as part:
+        figure.savefig(part)
+
+
 def draw_masks(folder, pool, model):
     """Write the predicted classes of each photograph, an indexed PNG of its size."""
     for name in pool.paths:
         photo, image = pool.photo(name)
         pred_hw = predict(model, pil_to_tensor(image))
-        mask = Image.fromarray(pred_hw.byte().numpy())
-        mask = mask.resize(photo.size, Image.NEAREST)
+        small = Image.fromarray(pred_hw.byte().numpy())
+        mask = small.resize(photo.size, Image.NEAREST)
         mask.putpalette(pool.colours.tobytes())
         with replacing(folder / f"{name}.png") as part:
             mask.save(part)
 
 
-def draw_curves(path, runs):
-    """Draw mIoU against labelled pixels of runs, given as (name, metrics)."""
+def draw_curves(folder):
+    """Draw mIoU against labelled pixels of a run and those beside it that compare.
+
+    They differ from it in how they pick, and in nothing else.
+    """
     from matplotlib.figure import Figure
 
+    mine = read_config(folder)
     figure = Figure((7.5, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="labelled pixels an image", ylabel="mIoU")
-    for name, records in runs:
+    for other in sorted(folder.parent.glob(f"{mine['dataset']}-*")):
+        records = read_metrics(other)
+        if not records or differences(read_config(other), mine) - FREE - PICKING:
+            continue
         pixels = [record["pixels_per_image"] for record in records]
         miou = [record["mIoU"] for record in records]
-        if "-supervised-" in name:
-            axes.axhline(miou[-1], linestyle="--", label=name)
+        if "-supervised-" in other.name:
+            axes.axhline(miou[-1], linestyle="--", label=other.name)
         else:
-            axes.plot(pixels, miou, "o-", label=name)
+            axes.plot(pixels, miou, "o-", label=other.name)
     figure.legend(loc="outside right upper")
-    with replacing(path) as part:
+    with replacing(folder.with_name(f"{mine['dataset']}.png")) as part:
         figure.savefig(part)
 
 
-# ---- 11. The page on which a person labels the pixels of a round
+# ---- 13. The page on which a person labels the pixels of a round
 def data_uri(image):
     """An image as the text of a JPEG; it is shrunk to at most 1000 pixels a side."""
     file = io.BytesIO()
@@ -1388,12 +1359,11 @@ def write_page(path, pool, rows):
             if image == name:
                 left = round((x + 0.5) * dx - side / 2)
                 top = round((y + 0.5) * dy - side / 2)
-                crop = Image.new("RGB", (side, side), "grey")  # beyond the border
-                crop.paste(photo, (-left, -top))
+                crop = photo.crop((left, top, left + side, top + side))
                 pixels.append([name, y, x, names.get(k, ""), left, top, data_uri(crop)])
         photos[name] = [*photo.size, dx, dy, side, data_uri(photo)]
     data = {
-        "folder": f"{path.parts[-3]}/{path.parts[-2]}",  # of the run and of the round
+        "folder": str(path.parent),
         "classes": list(names.values()),
         "colours": pool.colours[list(names)].tolist(),
         "photos": photos,
@@ -1497,12 +1467,7 @@ show(answers.indexOf(""));
 """
 
 
-# ---- 12. Ranks and the command line; without torchrun there is one rank
-RANK = 0
-WORLD = 1
-if dist.is_torchelastic_launched():  # a cluster's scheduler has other uses for RANK
-    RANK = int(os.environ["RANK"])
-    WORLD = int(os.environ["WORLD_SIZE"])
+# ---- 14. Processes of torchrun, and the command line
 
 
 def start_ranks(device):
@@ -1545,10 +1510,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
     )
-    for setting in fields(Config):
-        how = special.get(setting.name, {"type": setting.type})
-        flag = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(flag, help=meaning[setting.name], **how)
+    for name, kind in Config.__annotations__.items():
+        options = special.get(name, {"type": kind})
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=meaning[name], **options)
     given = vars(parser.parse_args(argv))
     names = given.pop("acquisition", [Config.acquisition])
     return [Config(acquisition=name, **given) for name in names]
@@ -1560,8 +1525,6 @@ def main(argv=None):
     Returns 0, 2 after a line that says what to mend, or 130 if stopped.
     """
     code = 2
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for config in parse(argv):
             run(config)
@@ -1585,4 +1548,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may have any letter
     sys.exit(main())

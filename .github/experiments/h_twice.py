@@ -23,7 +23,7 @@ def balent_twice(mean_BCHW, var_BCHW):
     return balent_BHW + entropy_BHW / (entropy_BHW + math.log(2))
 
 
-def h_twice(moments, generator=None):
+def h_twice(moments):
     balent_BHW = balent_twice(moments.mean_BCHW, moments.var_BCHW)
     tiny = torch.finfo(balent_BHW.dtype).tiny
     return torch.where(balent_BHW >= 0, 1 / balent_BHW.clamp(min=tiny), balent_BHW)

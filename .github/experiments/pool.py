@@ -19,15 +19,15 @@ def score_pool(config, frames, r):
     """score_NHW of all images; -inf where a pixel is void or has a label."""
     model, _ = bs.load_model(config.folder / "model.pt")
     model = model.to(config.device)
-    generator = torch.Generator().manual_seed(config.seed * 1000 + r)
+    torch.manual_seed(config.seed * 1000 + r)
     acquisition = bs.ACQUISITIONS[config.acquisition]
     labelled = list(read_picks(config.folder).values())
     scores = []
     for name, (image_3HW, label_HW) in frames.items():
         x_13HW = image_3HW[None].float() / 255
-        seed = torch.randint(2**31, (), generator=generator).item()
+        seed = torch.randint(2**31, ()).item()
         moments = model.mc_moments(x_13HW, config.mc_samples, seed)
-        score_HW = acquisition(moments, generator)[0].cpu()
+        score_HW = acquisition(moments)[0].cpu()
         score_HW[label_HW == bs.IGNORE] = -torch.inf
         for images in labelled:
             for y, x in images.get(name, []):
